@@ -1,0 +1,21 @@
+"""What a fine-tuning run can say: every key of a file in `configs/finetune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from trainworks.schema import Pretrained, RunConfig
+from trainworks.tasks import SFT, CausalLM, SequenceClassification, Task
+
+__all__ = ["Config"]
+
+
+class Config(RunConfig[Task]):
+    """A fine-tuning run: a pretrained model, taught a task."""
+
+    task: Annotated[SFT | SequenceClassification | CausalLM, Field(discriminator="type")]
+    """What is learned: `{type: sft, ...}`, `{type: sequence-classification, ...}`, `{type: causal-lm, ...}`."""
+    model: Pretrained
+    """The model it begins from."""

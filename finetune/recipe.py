@@ -1,0 +1,25 @@
+"""The recipe of a fine-tuning run: from its configuration to the live `Run`."""
+
+from __future__ import annotations
+
+from finetune.config import Config
+from trainworks.models import load, load_processor
+from trainworks.preparation import assemble, begin, prepare_data, read_rows
+from trainworks.resuming import resume
+from trainworks.run import Run
+
+__all__ = ["prepare"]
+
+
+def prepare(config: Config) -> Run:
+    """Load, shard and line up everything; train nothing. All ranks.
+
+    When the output folder holds this very run, it goes on from the newest checkpoint that is whole. Raises
+    ToolkitErrors, the cheap ones first: the folder, the devices, the source and its columns, and only then the model.
+    """
+    world = begin(config)
+    rows, task = read_rows(config)
+    processor = task.equip(load_processor(task.reads, config.model.name, config.model.revision))
+    data = prepare_data(rows, task, processor, world)
+    model = load(config.model, task.auto_class, task.head(), processor)
+    return resume(assemble(config, "finetune", task=task, world=world, processor=processor, model=model, data=data))

@@ -1,0 +1,99 @@
+"""The lines of Python that use a published model, by what it does and whether it is an adapter."""
+
+from __future__ import annotations
+
+import json
+
+from model_cards.metadata import is_adapter, repo
+from trainworks.record import RunRecord
+
+__all__ = ["usage"]
+
+_PIPELINE = """\
+from transformers import pipeline
+
+model = pipeline({tag}, model={model})
+print(model({example}))"""
+
+_CHAT = """\
+from transformers import pipeline
+
+chat = pipeline("text-generation", model={model})
+answer = chat([{{"role": "user", "content": {example}}}], max_new_tokens=200)
+print(answer[0]["generated_text"][-1]["content"])"""
+
+_ADAPTER_GENERATION = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({model})
+model = AutoPeftModelForCausalLM.from_pretrained({model})
+prompt = tokenizer({example}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=200)[0], skip_special_tokens=True))"""
+
+_ADAPTER_CHAT = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({model})
+model = AutoPeftModelForCausalLM.from_pretrained({model})
+messages = [{{"role": "user", "content": {example}}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=200)[0], skip_special_tokens=True))"""
+
+_ADAPTER_CLASSIFICATION = """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({model})
+model = AutoPeftModelForSequenceClassification.from_pretrained({model}, num_labels={num_labels})
+scores = model(**tokenizer({example}, return_tensors="pt")).logits.softmax(-1)
+print(dict(zip({labels}, scores[0].tolist())))"""
+
+_ADAPTERS = {"text-generation": _ADAPTER_GENERATION, "text-classification": _ADAPTER_CLASSIFICATION}
+_EXAMPLES = {"text-generation": "Once upon a time", "text-classification": "A fine film."}
+_QUESTION = "What can you tell me about yourself?"
+_LONGEST_EXAMPLE = 200
+
+
+def usage(record: RunRecord) -> str:
+    """Return the section; adapters of tasks without a snippet of their own have none."""
+    chat, adapter = record.task == "sft", is_adapter(record)
+    plain = _ADAPTERS.get(record.pipeline_tag) if adapter else _PIPELINE
+    template = (_ADAPTER_CHAT if adapter else _CHAT) if chat else plain
+    labels = _labels(record)
+    if template is None or (template is _ADAPTER_CLASSIFICATION and not labels):
+        return ""
+    code = template.format(
+        tag=_literal(record.pipeline_tag),
+        model=_literal(repo(record) or "."),
+        example=_literal(_example(record)),
+        num_labels=len(labels),
+        labels=_literal(labels),
+    )
+    where = (
+        ""
+        if repo(record)
+        else "Run where this page's files lie; once published, the model's Hub name replaces the dot.\n\n"
+    )
+    return f"## Use\n\n{where}```python\n{code}\n```"
+
+
+def _labels(record: RunRecord) -> list[str]:
+    """Return the class names in the order of the model's outputs, which only the resolved task knows."""
+    named = (record.config.get("task") or {}).get("labels") or ()
+    return [str(label) for label in named]
+
+
+def _example(record: RunRecord) -> str:
+    if record.task == "sft":  # its recorded prompts hold the chat template's words already
+        return _QUESTION
+    final = record.final
+    prompts = [sample.prompt for sample in final.samples] if final else []
+    short = [prompt for prompt in prompts if 0 < len(prompt) <= _LONGEST_EXAMPLE]
+    return short[0] if short else _EXAMPLES.get(record.pipeline_tag, "")
+
+
+def _literal(value: str | list[str]) -> str:
+    """Return a Python literal that can neither close the code block nor be read as HTML."""
+    return json.dumps(value).replace("`", "\\u0060").replace("<", "\\u003c").replace("&", "\\u0026")

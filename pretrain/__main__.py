@@ -1,0 +1,16 @@
+"""The command: accelerate launch -m pretrain CONFIG [KEY=VALUE ...]."""
+
+from __future__ import annotations
+
+from pretrain.config import Config
+from trainworks.command import Prepare, run_command
+
+
+def _recipe() -> Prepare:
+    from pretrain.recipe import prepare
+
+    return prepare
+
+
+if __name__ == "__main__":
+    run_command("pretrain", Config, _recipe)()

@@ -1,0 +1,40 @@
+"""What each rank of a test does; started by `distributed.run_ranks`, so everything here travels as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+import finetune
+from trainworks import export, train_steps
+from trainworks.checkpoint import save
+
+
+def train(
+    folder: str, task: str, output: str, tuning: str = "full", micro: int = 8, stop_after: int = 0
+) -> dict[str, Any]:
+    """Train to the end, or save and end after some steps; return the curve and a digest of the weights."""
+    place = Path(folder)
+    config = tiny.config(task, place / "model", place / "rows.jsonl", Path(output), tuning=tuning, micro=micro)
+    run = finetune.prepare(config)
+    run.save_record()
+    steps = []
+    for step in train_steps(run):
+        steps.append((step.loss.item(), step.grad_norm.item()))
+        if step.number == stop_after:
+            save(run)
+            break
+    exported = export(run)
+    return {
+        "ranks": run.world.ranks,
+        "steps": steps,
+        "notes": list(run.record.notes),
+        "weights": [file_digest(path) for path in sorted(exported.glob("*.safetensors"))],
+    }
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,94 @@
+"""Tiny models and rows that the tests train on: built from configurations and in memory, in a second."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import finetune
+from trainworks import Batch, Budget, Data, Every, FromScratch, Full, LoRA, NewTokenizer, Optim, Pretrained
+from trainworks.models import initialise, new_tokenizer
+from trainworks.tasks import TASKS
+
+WORDS = "the a red green small old cat dog bird sees likes not very fast slow runs sings under over tree".split()  # noqa: SIM905
+
+
+def sentence(rng: random.Random, longest: int = 12) -> str:
+    """Return a few words; sentences differ much in length."""
+    return " ".join(rng.choices(WORDS, k=rng.randint(2, longest)))
+
+
+def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return ragged rows for a task."""
+    rng = random.Random(seed)
+    make = {
+        "causal-lm": lambda: {"text": sentence(rng, 40)},
+        "sft": lambda: {"prompt": sentence(rng, 6), "completion": sentence(rng, 16)},
+        "sequence-classification": lambda: {"text": sentence(rng, 16), "label": rng.choice(["bad", "good", "so-so"])},
+    }[task]
+    return [make() for _ in range(number)]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal-lm": {"block": 23},
+    "sft": {"max_length": 128},
+    "sequence-classification": {"max_length": 64},
+}
+"""Each task's options on these rows; a new task is tested once it has a line here."""
+
+
+@cache
+def tokenizer() -> Any:
+    """Return a small byte-level tokenizer with a chat template."""
+    return new_tokenizer(NewTokenizer(vocab_size=320), [" ".join(WORDS)] * 8)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def save_model(folder: Path, task: str, *, dropout: float = 0.0, tied: bool = False) -> Path:
+    """Write a tiny model for the task, with its tokenizer, and return the folder."""
+    bert = {"max_position_embeddings": 128, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    llama = {"max_position_embeddings": 256, "attention_dropout": dropout, "tie_word_embeddings": tied}
+    architecture, extra = ("bert", bert) if task == "sequence-classification" else ("llama", llama)
+    made = FromScratch(architecture=architecture, sizes=SIZES | extra, tokenizer="unused")
+    auto_class = "AutoModel" if architecture == "bert" else TASKS[task].auto_class
+    initialise(made, auto_class, tokenizer(), seed=1).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_rows(path: Path, task: str, number: int) -> Path:
+    """Write a task's rows as JSON lines and return the file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(task, number)), encoding="utf-8")
+    return path
+
+
+def config(
+    task: str,
+    model: Path,
+    data: Path,
+    output: Path,
+    *,
+    tuning: str = "full",
+    micro: int = 8,
+    epochs: float = 1.3,
+    **changes: Any,
+) -> finetune.Config:
+    """Return a fine-tuning run of a tiny model: 8 samples a step, the last step short."""
+    settings: dict[str, Any] = {
+        "output": str(output),
+        "task": TASKS[task](**OPTIONS[task]),
+        "model": Pretrained(str(model)),
+        "tuning": {"full": Full(), "lora": LoRA(rank=4, dropout=0.0)}[tuning],
+        "data": Data(source=str(data), holdout=0.2),
+        "batch": Batch(per_step=8, micro=micro),
+        "budget": Budget(epochs=epochs),
+        # Adam magnifies rounding where a gradient is nearly nothing (a key's bias); a larger eps keeps it out.
+        "optim": Optim(lr=3e-3, schedule="linear", warmup=2, eps=1e-5),
+        "every": Every(log=1),
+    }
+    return finetune.Config(**(settings | changes))

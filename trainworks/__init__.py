@@ -1,0 +1,95 @@
+"""Pretrain, fine-tune, evaluate and publish Hugging Face models, with one loop on Accelerate.
+
+Nothing heavy is imported until a name needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trainworks.lazy import exports
+
+if TYPE_CHECKING:
+    from trainworks.errors import ToolkitError
+    from trainworks.evaluation import evaluate
+    from trainworks.exporting import export
+    from trainworks.loop import TrainStep, train_steps
+    from trainworks.record import EvalReport, RunRecord, read_record
+    from trainworks.run import Run
+    from trainworks.schema import (
+        Batch,
+        Budget,
+        Data,
+        Every,
+        FromScratch,
+        Full,
+        Goal,
+        Hub,
+        Limit,
+        LoRA,
+        NewTokenizer,
+        Optim,
+        Pretrained,
+    )
+    from trainworks.tasks import SFT, CausalLM, SequenceClassification
+    from trainworks.training import fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SFT",
+    "Batch",
+    "Budget",
+    "CausalLM",
+    "Data",
+    "EvalReport",
+    "Every",
+    "FromScratch",
+    "Full",
+    "Goal",
+    "Hub",
+    "Limit",
+    "LoRA",
+    "NewTokenizer",
+    "Optim",
+    "Pretrained",
+    "Run",
+    "RunRecord",
+    "SequenceClassification",
+    "ToolkitError",
+    "TrainStep",
+    "evaluate",
+    "export",
+    "fit",
+    "read_record",
+    "train_steps",
+]
+
+_SCHEMA = (
+    "Batch",
+    "Budget",
+    "Data",
+    "Every",
+    "FromScratch",
+    "Full",
+    "Goal",
+    "Hub",
+    "Limit",
+    "LoRA",
+    "NewTokenizer",
+    "Optim",
+    "Pretrained",
+)
+
+__getattr__ = exports(
+    __name__,
+    **dict.fromkeys(_SCHEMA, "trainworks.schema"),
+    **dict.fromkeys(("SFT", "CausalLM", "SequenceClassification"), "trainworks.tasks"),
+    **dict.fromkeys(("EvalReport", "RunRecord", "read_record"), "trainworks.record"),
+    **dict.fromkeys(("TrainStep", "train_steps"), "trainworks.loop"),
+    Run="trainworks.run",
+    ToolkitError="trainworks.errors",
+    evaluate="trainworks.evaluation",
+    export="trainworks.exporting",
+    fit="trainworks.training",
+)

@@ -1,0 +1,144 @@
+"""The `trainworks` command: what is done before and after a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainworks.command import guarded, say
+from trainworks.config import json_schema
+from trainworks.errors import ConfigError
+from trainworks.record import read_outcome, read_record
+from trainworks.shipped import configs_folder
+
+__all__ = ["app", "main", "run_schema"]
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Pretrain, fine-tune, evaluate and publish Hugging Face models. "
+    "Training itself: accelerate launch -m pretrain|finetune CONFIG",
+)
+
+
+@app.command("configs")
+def _configs(
+    copy: Annotated[Path | None, typer.Option(help="Copy them all into this folder.")] = None,
+) -> None:
+    """List the hardware and run files that come with Trainworks, or copy them."""
+    folder = configs_folder()
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    if copy is None:
+        for path in files:
+            print(f"{path!s:<40} {_first_line(folder / path)}")
+        return
+    raise typer.Exit(guarded(lambda: _copy(folder, copy)))
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def _copy(folder: Path, target: Path) -> int:
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty; name a new folder, for nothing is overwritten")
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    print(f"copied to {target}")
+    return 0
+
+
+@app.command("schema")
+def _schema(
+    write: Annotated[Path | None, typer.Option(help="Write it to this file instead of printing it.")] = None,
+) -> None:
+    """Print the JSON schema of run files, with which an editor completes and checks them."""
+    text = json.dumps(run_schema(), indent=1) + "\n"
+    if write is None:
+        print(text, end="")
+    else:
+        write.write_text(text, encoding="utf-8")
+
+
+def run_schema() -> dict[str, object]:
+    """Return one JSON schema for both kinds of run file."""
+    import finetune
+    import pretrain
+
+    parts = {"pretrain": json_schema(pretrain.Config), "finetune": json_schema(finetune.Config)}
+    definitions: dict[str, object] = {}
+    for name, part in parts.items():
+        definitions |= part.pop("$defs", {})
+        definitions[name] = {key: value for key, value in part.items() if key != "$schema"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in parts],
+        "$defs": definitions,
+    }
+
+
+@app.command("card")
+def _card(run: Annotated[Path, typer.Argument(help="A run's output folder.")]) -> None:
+    """Build a run's model card again, from its record alone."""
+
+    def build() -> int:
+        import model_cards
+
+        print(model_cards.build(read_record(run)).save(run / "model"))
+        return 0
+
+    raise typer.Exit(guarded(build))
+
+
+@app.command("publish")
+def _publish(
+    run: Annotated[Path, typer.Argument(help="A run's output folder.")],
+    repo: Annotated[str | None, typer.Option(help="owner/name on the Hub; by default what the run file says.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Upload nothing; list every file with its size and hash.")
+    ] = False,
+) -> None:
+    """Upload a run's model with its card to the Hub."""
+
+    def upload() -> int:
+        import model_cards
+
+        record = read_record(run)
+        hub = record.config.get("hub") or {}
+        name = repo or hub.get("repo")
+        if name is None:
+            raise ConfigError("no repository: give --repo owner/name, or hub.repo in the run file")
+        private = not public and hub.get("private", True)
+        print(
+            model_cards.publish(run / "model", model_cards.build(record), repo=name, private=private, dry_run=dry_run)
+        )
+        return 0
+
+    raise typer.Exit(guarded(upload))
+
+
+@app.command("outcome")
+def _outcome(run: Annotated[Path, typer.Argument(help="A run's output folder.")]) -> None:
+    """Exit with the code the run's last process ended with, which launchers flatten to 0 or 1."""
+
+    def read() -> int:
+        value = read_outcome(run)
+        say(value.reason)
+        return value.code
+
+    raise typer.Exit(guarded(read))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What `python -m pretrain` and `python -m finetune` do with a run file, from reading it to the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainworks.config import dump, load
+from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ToolkitError
+from trainworks.output import is_complete
+from trainworks.record import Outcome, RunRecord, write_json
+from trainworks.schema import RunConfig
+from trainworks.stopping import Stopped, follow_launcher
+
+if TYPE_CHECKING:
+    from trainworks.run import Run
+
+__all__ = ["guarded", "run_command", "say"]
+
+Prepare = Callable[[Any], "Run"]
+
+
+def run_command(package: str, model: type[RunConfig[Any]], recipe: Callable[[], Prepare]) -> typer.Typer:
+    """Return the command line of a recipe; `recipe` imports it, which takes seconds, and is called once the run file is
+    sound."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command(help=f"Run a {package} configuration: accelerate launch -m {package} CONFIG [KEY=VALUE ...]")
+    def main(
+        config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+        overrides: Annotated[
+            list[str] | None, typer.Argument(help="Changes to it, as optim.lr=1e-4.", metavar="KEY=VALUE")
+        ] = None,
+        print_config: Annotated[
+            bool, typer.Option("--print-config", help="Print the whole configuration and end.")
+        ] = False,
+    ) -> None:
+        raise typer.Exit(guarded(lambda: _command(config, overrides or [], print_config, model, recipe)))
+
+    return app
+
+
+def _command(
+    path: Path, overrides: list[str], print_config: bool, model: type[RunConfig[Any]], recipe: Callable[[], Prepare]
+) -> int:
+    config = load(path, overrides, model=model)
+    if print_config:
+        say(dump(config), sys.stdout)
+        return EXIT_OK
+    if is_complete(config):
+        say(f"{config.output}: this run is complete; name another output folder to train again")
+        return EXIT_OK
+    follow_launcher()
+    return _recorded(config, lambda: _run(config, recipe()))
+
+
+def _run(config: RunConfig[Any], prepare: Prepare) -> Outcome:
+    """Train, export, and write the card; upload when the run file asks for it."""
+    import datasets
+
+    import model_cards
+    from trainworks.exporting import export
+    from trainworks.training import fit
+
+    datasets.disable_progress_bars()
+    if config.hub is not None and config.hub.push:
+        model_cards.check_access(config.hub.repo)
+    run = prepare(config)
+    say(_opening(run))
+    record = fit(run)
+    if record.status != "complete":
+        code = EXIT_INTERRUPTED if record.status == "interrupted" else EXIT_PREEMPTED
+        return Outcome(
+            code=code,
+            reason=f"{record.status} after step {record.step} of {record.steps_total}, saved; the same command goes on",
+        )
+    folder = export(run)
+    if run.world.is_main:
+        _publish(config, record, folder)
+    run.world.wait()
+    return Outcome(code=EXIT_OK, reason=_ending(record))
+
+
+def _publish(config: RunConfig[Any], record: RunRecord, folder: Path) -> None:
+    import model_cards
+
+    card = model_cards.build(record)
+    card.save(folder)
+    record.write(folder)
+    say(f"weights, record and card: {folder}")
+    if config.hub is not None and config.hub.push:
+        say(str(model_cards.publish(folder, card, repo=config.hub.repo, private=config.hub.private)))
+
+
+def _opening(run: Run) -> str:
+    facts, data, plan = run.record.model, run.record.data, run.plan
+    count, machine = f"{facts.num_parameters:,} parameters, {facts.num_trainable:,} trained", run.record.environment
+    splits = ", ".join(f"{split.name} {split.samples:,} samples of {split.rows:,} rows" for split in data.splits)
+    left_out = "; ".join(
+        f"{split.name}: {reason} {count:,}" for split in data.splits for reason, count in split.dropped.items()
+    )
+    goes_on = f", going on from step {run.progress.step}" if run.progress.step else ""
+    return "\n".join(
+        [
+            f"model    {facts.architecture}, {count} ({facts.tuning})",
+            f"data     {data.source}: {splits}" + (f" ({left_out})" if left_out else ""),
+            f"steps    {plan.num_steps:,} of {plan.per_step} samples, {run.world.ranks} x {run.micro} at once{goes_on}",
+            f"machine  {machine.world_size} x {machine.device}, precision {machine.mixed_precision}",
+            f"output   {run.folder}",
+        ]
+    )
+
+
+def _ending(record: RunRecord) -> str:
+    if record.goal is None:
+        return "complete"
+    met = "met" if record.goal.met else "not met"
+    return f"complete; goal {record.goal.metric} {record.goal.wanted} {met} ({record.goal.value:.4g})"
+
+
+def _recorded(config: RunConfig[Any], action: Callable[[], Outcome]) -> int:
+    """Do it, and write how it ended to `outcome.json` before the process ends: launchers keep only 0 or 1 of an exit
+    code."""
+    folder = Path(config.output)
+    try:
+        outcome = action()
+    except ToolkitError as error:
+        _write(folder, Outcome(code=error.exit_code, reason=str(error)))
+        raise
+    except KeyboardInterrupt:
+        _write(folder, Outcome(code=EXIT_INTERRUPTED, reason="interrupted before the run could be saved"))
+        raise
+    except Stopped:
+        outcome = Outcome(code=EXIT_PREEMPTED, reason="asked to stop before the first step; the same command begins")
+    except BaseException as error:
+        _write(folder, Outcome(code=1, reason=f"{type(error).__name__}: {error}"))
+        raise
+    _write(folder, outcome)
+    say(outcome.reason)
+    # torchrun starts a rank that did not exit with 0 again, though the run was asked to stop.
+    restarts = "TORCHELASTIC_RUN_ID" in os.environ and outcome.code == EXIT_PREEMPTED
+    return EXIT_OK if restarts else outcome.code
+
+
+def _write(folder: Path, outcome: Outcome) -> None:
+    if _is_main():
+        write_json(folder / "outcome.json", outcome.model_dump())
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Return the exit code, turning what a user can mend into one message without a traceback."""
+    try:
+        return action()
+    except ToolkitError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str, stream: Any = None) -> None:
+    """Print once, from the main process."""
+    if _is_main():
+        print(text, file=stream or sys.stderr, flush=True)

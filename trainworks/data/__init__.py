@@ -1,0 +1,1 @@
+"""Data preparation: from a source to the batches of each optimizer step, on every rank."""

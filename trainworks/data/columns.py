@@ -1,0 +1,204 @@
+"""Columns checked before a model loads: whether they are there, what they hold, which classes their labels name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainworks.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Kind", "class_ids", "class_names", "fingerprint", "rename", "require_columns"]
+
+Kind = Literal["text", "label", "messages", "any"]
+
+MAX_CLASSES = 10_000
+_WINDOW = 10_000
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    return _is_text(kind) or bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    return {"role", "content"} <= {field.name for field in kind.value_type}
+
+
+_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "text": (_is_text, "text"),
+    "label": (_is_label, "labels (text, whole numbers or classes)"),
+    "messages": (_is_messages, "messages (a list of objects with role and content)"),
+    "any": (lambda kind: True, "anything"),
+}
+
+
+def rename(rows: Dataset, columns: Mapping[str, str], *, source: str) -> Dataset:
+    """Rename columns as {new: old}; DataError lists every old name that is missing and every new name that is taken."""
+    problems = [
+        f"{source}: data.columns.{new}: no column '{old}'{nearest(old, rows.column_names)}; "
+        f"there are: {', '.join(rows.column_names)}"
+        for new, old in columns.items()
+        if old not in rows.column_names
+    ]
+    problems += [
+        f"{source}: data.columns.{new}: column '{new}' is there already; move it away with {{other_{new}: {new}}}"
+        for new, old in columns.items()
+        if new != old and new in rows.column_names and new not in columns.values()
+    ]
+    if len(set(columns.values())) < len(columns):
+        problems.append(f"{source}: data.columns names one column twice: {', '.join(columns.values())}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return rows.rename_columns({old: new for new, old in columns.items() if new != old})
+
+
+def require_columns(rows: Dataset, wanted: Mapping[str, Kind], *, source: str) -> None:
+    """Check that every wanted column is there and holds its kind; one DataError names all that do not, and the mend."""
+    kinds = {field.name: field.type for field in rows.features.arrow_schema}
+    problems = [problem for name, kind in wanted.items() if (problem := _problem(name, kind, kinds, wanted))]
+    if problems:
+        there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+        raise DataError("\n".join([*(f"{source}: {problem}" for problem in problems), f"The columns are: {there}"]))
+
+
+def _problem(name: str, kind: Kind, kinds: Mapping[str, pa.DataType], wanted: Mapping[str, Kind]) -> str:
+    fits, words = _KINDS[kind]
+    if name not in kinds:
+        free = [other for other, held in kinds.items() if fits(held) and other not in wanted]
+        guess = nearest(name, free)
+        old = guess.split("'")[1] if guess else (free or ["..."])[0]
+        return f"no column '{name}'{guess}; the task reads {words} there. Map it: data.columns: {{{name}: {old}}}"
+    if pa.types.is_null(kinds[name]):
+        return f"column '{name}' holds only nulls; the task reads {words} there"
+    if not fits(kinds[name]):
+        return f"column '{name}' holds {kinds[name]}; the task reads {words} there"
+    return ""
+
+
+def class_names(rows: Dataset, column: str) -> tuple[str, ...]:
+    """Return the names of the classes: those the data set declares, else the distinct values, numbers in their order.
+
+    DataError when a label is null, when there are no labels, or more than 10,000 of them.
+    """
+    values = _labels(rows, column)
+    if declared := _declared(rows, column):
+        return tuple(declared)
+    distinct = sorted(pc.unique(values).to_pylist())
+    if not 0 < len(distinct) <= MAX_CLASSES:
+        raise DataError(
+            f"column '{column}' holds {len(distinct):,} different labels in {len(rows):,} rows; "
+            f"expected 1 to {MAX_CLASSES:,}. Is it the label column? Map another: data.columns: {{{column}: ...}}"
+        )
+    return tuple(str(value) for value in distinct)
+
+
+def class_ids(rows: Dataset, column: str, names: Sequence[str]) -> list[int]:
+    """Return every label as its index in `names`; DataError with the first rows that hold a null or another label."""
+    values = _labels(rows, column)
+    declared = dict(enumerate(_declared(rows, column)))
+    places = {name: index for index, name in enumerate(names)}
+    spelt = {
+        value: places.get(declared.get(value, "") if declared else str(value), -1)
+        for value in pc.unique(values).to_pylist()
+    }
+    ids = [spelt[value] for value in values.to_pylist()]
+    wrong = [row for row, index in enumerate(ids) if index < 0]
+    if wrong:
+        found = ", ".join(f"row {row}: {values[row].as_py()!r}" for row in wrong[:5])
+        allowed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise DataError(
+            f"column '{column}': {len(wrong):,} of {len(ids):,} labels are not among the {len(names)} classes "
+            f"({found}; rows count from 0); the classes are: {allowed}. Mend or leave out these rows"
+        )
+    return ids
+
+
+def _declared(rows: Dataset, column: str) -> list[str]:
+    """Return the class names the data set itself declares, in the order of their numbers."""
+    from datasets import ClassLabel
+
+    feature = rows.features[column]
+    return list(feature.names) if isinstance(feature, ClassLabel) else []
+
+
+def _labels(rows: Dataset, column: str) -> pa.ChunkedArray:
+    """Return the column's values, none of them null."""
+    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+    if not _is_label(values.type) and not pa.types.is_null(values.type):
+        raise DataError(f"column '{column}' holds {values.type}; labels are text, whole numbers or classes")
+    if values.null_count:
+        row = pc.index(pc.is_null(values), True).as_py()
+        raise DataError(
+            f"column '{column}': {values.null_count:,} of {len(values):,} labels are null, the first in row {row} "
+            f"(rows count from 0); give every row a label or leave it out"
+        )
+    return values
+
+
+def fingerprint(*splits: Dataset | pa.Table) -> str:
+    """Return the SHA-256 of the splits' content, whatever the order of their columns and however Arrow has cut them."""
+    digest = hashlib.sha256()
+    for rows in splits:
+        digest.update(f"split {len(rows)}".encode())
+        for start in range(0, len(rows), _WINDOW):
+            window = _window(rows, start)
+            for name in sorted(window.column_names):
+                digest.update(f"column {name!a}".encode())
+                _feed(digest, window.column(name).combine_chunks())
+    return digest.hexdigest()
+
+
+def _window(rows: Dataset | pa.Table, start: int) -> pa.Table:
+    if isinstance(rows, pa.Table):
+        return rows.slice(start, _WINDOW)
+    return rows.with_format("arrow")[start : start + _WINDOW]
+
+
+def _feed(digest: hashlib._Hash, values: pa.Array | pa.ChunkedArray) -> None:
+    """Hash which values are null, then the others; never what Arrow leaves open (offsets, bytes under nulls)."""
+    if isinstance(values, pa.ChunkedArray):  # what combine_chunks leaves of an empty or an oversized column
+        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+    digest.update(f"{len(values)} {values.null_count} ".encode())
+    if values.null_count:
+        digest.update(values.is_null().to_numpy(zero_copy_only=False).tobytes())
+    values, kind = values.drop_null(), values.type
+    if isinstance(values, pa.ExtensionArray):
+        _feed(digest, values.storage)
+    elif pa.types.is_dictionary(kind):
+        _feed(digest, values.dictionary_decode())
+    elif pa.types.is_struct(kind):
+        for index in sorted(range(kind.num_fields), key=lambda index: kind.field(index).name):
+            digest.update(f"field {kind.field(index).name!a}".encode())
+            _feed(digest, values.flatten()[index])
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        _feed(digest, pc.cast(pc.list_value_length(values), pa.int64()))
+        _feed(digest, values.flatten())
+    elif _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        digest.update(b"text" if _is_text(kind) else b"bytes")
+        _feed_bytes(digest, pc.cast(values, pa.large_binary()))
+    elif pa.types.is_primitive(kind):
+        digest.update(str(kind).encode())
+        digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    else:  # decimals, fixed-size lists, maps: rare, so slow and plain
+        digest.update(ascii(values.to_pylist()).encode())
+
+
+def _feed_bytes(digest: hashlib._Hash, values: pa.LargeBinaryArray) -> None:
+    digest.update(pc.binary_length(values).to_numpy().tobytes())
+    _, offsets, content = values.buffers()
+    if content is not None:
+        ends = np.frombuffer(offsets, np.int64)[[values.offset, values.offset + len(values)]]
+        digest.update(memoryview(content)[ends[0] : ends[1]])

@@ -1,0 +1,139 @@
+"""From prepared samples to the micro-batches of each optimizer step, on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainworks.data.order import Integers, Key, Plan, deal, mix
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+__all__ = ["Batch", "Collate", "Row", "Window", "evaluation_batches", "lengths", "windows"]
+
+Row = dict[str, Any]
+"""A prepared sample with its `index`, `epoch`, `source`, `seed` and `weight`."""
+Batch = dict[str, "Tensor"]
+"""What a task collates, with `index`, `source` and `weight`, each [original rows]."""
+Collate = Callable[[Sequence[Row]], Batch]
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """A prepared data set that is fetched by keys, many at a time, as torch's loader asks."""
+
+    rows: Dataset
+    seed: int
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Row]:
+        columns: Mapping[str, Sequence[Any]] = self.rows[[key.row for key in keys]]
+        seeds = mix(self.seed, np.array([key.epoch for key in keys]), np.array([key.row for key in keys]))
+        return [
+            {name: values[place] for name, values in columns.items()}
+            | {"source": 0, "index": key.row, "epoch": key.epoch, "weight": key.weight, "seed": int(seed)}
+            for place, (key, seed) in enumerate(zip(keys, seeds, strict=True))
+        ]
+
+    def __getitem__(self, key: Key) -> Row:
+        return self.__getitems__([key])[0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class _Collated:
+    """A task's collate, with the columns every batch carries added to it."""
+
+    collate: Collate
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        import torch
+
+        batch = self.collate(rows)
+        own = {
+            "index": torch.tensor([row["index"] for row in rows]),
+            "source": torch.tensor([row["source"] for row in rows]),
+            "weight": torch.tensor([row["weight"] for row in rows], dtype=torch.float32),
+        }
+        return own | batch
+
+
+def _batches(
+    rows: Dataset, keys: Iterator[list[Key]], collate: Collate, *, seed: int, workers: int, pin: bool
+) -> Iterator[Batch]:
+    import torch
+    from torch.utils.data import DataLoader
+
+    # Without a generator of its own the loader draws from the global one, and evaluation would change the dropout.
+    return iter(
+        DataLoader(
+            _Samples(rows.with_format("numpy"), seed),  # type: ignore[arg-type]
+            batch_sampler=keys,
+            collate_fn=_Collated(collate),
+            num_workers=workers,
+            pin_memory=pin,
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _sorted(rows: Integers, epochs: Integers, sizes: Integers | None) -> list[Key]:
+    """Sort a step's samples by length, so that its micro-batches hold little padding; the step's sums stay the same."""
+    order = np.arange(len(rows)) if sizes is None else np.argsort(-sizes[rows], kind="stable")
+    return [Key(int(rows[place]), int(epochs[place]), 1.0) for place in order]
+
+
+def lengths(rows: Dataset) -> Integers | None:
+    """Return the tokens of each prepared sample, or None for data that is not counted in tokens."""
+    return np.asarray(rows.with_format("numpy")["length"][:]) if "length" in rows.column_names else None
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step's work on this rank, and what the step is over all ranks."""
+
+    batches: list[Batch]
+    samples: int
+    tokens: int
+    """Padding not counted; 0 for data that is not counted in tokens."""
+
+
+def windows(
+    rows: Dataset,
+    plan: Plan,
+    collate: Collate,
+    *,
+    start: int,
+    ranks: int,
+    rank: int,
+    micro: int,
+    workers: int,
+    pin: bool,
+) -> Iterator[Window]:
+    """Yield each optimizer step from `start` on. All ranks yield the same number of micro-batches for it."""
+    sizes = lengths(rows)
+
+    def dealt(step: int) -> list[list[Key]]:
+        return deal(_sorted(*plan.step(step), sizes), ranks=ranks, rank=rank, micro=micro)
+
+    keys = (micro_batch for step in range(start, plan.num_steps) for micro_batch in dealt(step))
+    batches = _batches(rows, keys, collate, seed=plan.seed, workers=workers, pin=pin)
+    for step in range(start, plan.num_steps):
+        tokens = 0 if sizes is None else int(sizes[plan.step(step)[0]].sum())
+        yield Window([next(batches) for _ in range(-(-plan.size(step) // (ranks * micro)))], plan.size(step), tokens)
+
+
+def evaluation_batches(
+    rows: Dataset, collate: Collate, *, ranks: int, rank: int, micro: int, workers: int = 0, pin: bool = False
+) -> Iterator[Batch]:
+    """Yield this rank's share of every row once, in batches; all ranks yield as many, fillers with weight 0."""
+    everything = np.arange(len(rows), dtype=np.int64)
+    keys = _sorted(everything, np.zeros_like(everything), lengths(rows))
+    dealt = deal(keys, ranks=ranks, rank=rank, micro=micro) if keys else []
+    return _batches(rows, iter(dealt), collate, seed=0, workers=workers, pin=pin)

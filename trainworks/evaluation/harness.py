@@ -1,0 +1,181 @@
+"""Measure a run's model, and what doing without it would score, on the held-out rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainworks.errors import EvaluationError
+from trainworks.evaluation.statistics import compare, estimate, merge
+from trainworks.metrics import HuggingFaceMetric, Metric, Prediction
+from trainworks.record import Comparison, EvalReport, write_json
+from trainworks.run import Run, Statistics
+
+__all__ = ["compare_with_baselines", "evaluate", "evaluate_baselines", "is_best", "metrics_of", "read_statistics"]
+
+
+def evaluate(run: Run, name: str | None = None, *, is_baseline: bool = False) -> EvalReport:
+    """Measure the model as it stands on the held-out rows, add the report to the record, and return it. All ranks.
+
+    Random states, training mode and the run's position are afterwards what they were before.
+    """
+    rows = _held_out(run)
+    begun = time.perf_counter()
+    with _undisturbed(run):
+        statistics = _measure(run)
+        samples = run.step(rows, ask="show")
+    report = EvalReport(
+        name=name or f"step {run.progress.step}",
+        split="validation",
+        step=run.progress.step,
+        is_baseline=is_baseline,
+        num_examples=len(rows),
+        metrics={key: estimate(metric, statistics[key][1]) for key, metric in metrics_of(run).items()},
+        samples=samples,
+        seconds=time.perf_counter() - begun,
+    )
+    _keep(run, report, statistics)
+    return report
+
+
+def evaluate_baselines(run: Run) -> list[EvalReport]:
+    """Measure what the task offers to be compared with, such as the majority class. All ranks compute the same."""
+    rows = _held_out(run)
+    reports = []
+    for name, baseline in run.task.baselines(run.train, rows).items():
+        everyone = np.arange(len(rows))
+        statistics: Statistics = {}
+        if baseline.losses is not None:
+            statistics |= dict.fromkeys(run.task.loss_metrics(), (everyone, baseline.losses))
+        if baseline.predictions:
+            statistics |= _predicted(run, baseline.predictions)
+        metrics = metrics_of(run)
+        report = EvalReport(
+            name=name,
+            split="validation",
+            step=0,
+            is_baseline=True,
+            num_examples=len(rows),
+            metrics={key: estimate(metrics[key], values) for key, (_, values) in statistics.items()},
+        )
+        _keep(run, report, statistics)
+        reports.append(report)
+    return reports
+
+
+def compare_with_baselines(run: Run) -> tuple[Comparison, ...]:
+    """Return the final model minus each baseline, metric by metric, on the same examples, with paired intervals."""
+    final = run.record.final
+    if final is None:
+        return ()
+    metrics, candidate = metrics_of(run), run.statistics[final.name]
+    return tuple(
+        Comparison(metric=key, baseline=report.name, difference=compare(metrics[key], candidate[key][1], values))
+        for report in run.record.reports
+        if report.is_baseline
+        for key, (_, values) in run.statistics[report.name].items()
+    )
+
+
+def is_best(run: Run) -> bool:
+    """Tell whether the newest report is the best so far, by the goal's metric or else the loss."""
+    name = run.config.goal.metric if run.config.goal else "loss"
+    values = [report.metrics[name].value for report in run.record.reports if not report.is_baseline]
+    return values[-1] == (max if metrics_of(run)[name].higher_is_better else min)(values)
+
+
+def metrics_of(run: Run) -> dict[str, Metric]:
+    """Return every metric of a run: of its loss, of its task, and those the configuration adds."""
+    own = run.task.loss_metrics() | run.task.metrics()
+    added = {metric.name: metric for metric in map(HuggingFaceMetric, run.config.metrics)}
+    if twice := own.keys() & added.keys():
+        raise EvaluationError(f"metrics: {', '.join(sorted(twice))} is measured already; leave it out")
+    return own | added
+
+
+@contextmanager
+def _undisturbed(run: Run) -> Iterator[None]:
+    """Evaluate inside without a trace: no gradients, evaluation mode, and every random state put back."""
+    python, training = random.getstate(), run.step.training
+    numpy_state = np.random.get_state()  # noqa: NPY002, what libraries draw from
+    devices = [run.world.device.index or 0] if run.world.device.type == "cuda" else []
+    run.step.eval()
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        run.step.train(training)
+        random.setstate(python)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _held_out(run: Run) -> Any:
+    if run.validation is None or not len(run.validation):
+        raise EvaluationError("the run holds out no rows: name data.validation, or set data.holdout above 0")
+    return run.validation
+
+
+def _measure(run: Run) -> Statistics:
+    """Return every metric's statistics over all ranks, in the order of the examples."""
+    losses: dict[int, tuple[float, float]] = {}
+    predictions: dict[int, Prediction] = {}
+    for batch in run.evaluation_batches(_held_out(run)):
+        sums, counts = run.step(batch), run.task.count(batch)
+        said = run.step(batch, ask="predict")
+        for index, weight, total, count in zip(
+            *(values.tolist() for values in (batch["index"], batch["weight"], sums["loss"], counts["loss"])),
+            strict=True,
+        ):
+            if weight:
+                losses[index] = (total, count)
+        predictions |= {index: prediction for index, prediction in said.items() if index in losses}
+    table = np.array(list(losses.values()), dtype=np.float64).reshape(-1, 2)
+    mine: Statistics = {key: (np.array(list(losses)), table) for key in run.task.loss_metrics()}
+    if run.task.metrics() or run.config.metrics:
+        mine |= _predicted(run, predictions)
+    gathered: dict[str, list[Any]] = defaultdict(list)
+    for part in run.world.gather(mine):
+        for key, statistics in part.items():
+            gathered[key].append(statistics)
+    return {key: merge(parts) for key, parts in gathered.items()}
+
+
+def _predicted(run: Run, predictions: Mapping[int, Prediction]) -> Statistics:
+    numbers = np.array(sorted(predictions), dtype=np.int64)
+    ordered = [predictions[number] for number in numbers.tolist()]
+    losses = run.task.loss_metrics()
+    return {key: (numbers, metric.statistics(ordered)) for key, metric in metrics_of(run).items() if key not in losses}
+
+
+def _keep(run: Run, report: EvalReport, statistics: Statistics) -> None:
+    """Add a report to the record, and keep its per-example numbers beside it, so that a resumed run can still
+    compare."""
+    run.add_report(report, statistics)
+    if run.world.is_main:
+        value = {
+            key: {"examples": numbers.tolist(), "statistics": values.tolist()}
+            for key, (numbers, values) in statistics.items()
+        }
+        write_json(run.folder / "evaluations" / f"{report.name.replace(' ', '-')}.json", value)
+
+
+def read_statistics(run: Run) -> None:
+    """Read back what `evaluate` kept of the reports in the record; for a resumed run. All ranks."""
+    for report in run.record.reports:
+        path = run.folder / "evaluations" / f"{report.name.replace(' ', '-')}.json"
+        value = json.loads(path.read_text(encoding="utf-8"))
+        run.statistics[report.name] = {
+            key: (np.array(part["examples"], dtype=np.int64), _table(part["statistics"])) for key, part in value.items()
+        }
+
+
+def _table(rows: list[list[Any]]) -> np.ndarray[Any, Any]:
+    return np.array(rows, dtype=object if any(isinstance(cell, str) for row in rows[:1] for cell in row) else None)

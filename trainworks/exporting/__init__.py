@@ -1,0 +1,7 @@
+"""A trained model as files that others load: plain safetensors, adapters, merged weights."""
+
+from __future__ import annotations
+
+from trainworks.exporting.weights import export
+
+__all__ = ["export"]

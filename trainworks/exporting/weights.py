@@ -1,0 +1,76 @@
+"""Write a run's model in Hugging Face format, whole, from any layout over devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from trainworks.models import load
+from trainworks.run import Run
+from trainworks.schema import LoRA, Pretrained
+
+__all__ = ["export"]
+
+
+def export(run: Run, folder: str | Path | None = None) -> Path:
+    """Write weights (or the adapter), configuration and processor to `folder`, by default `model` in the run's own. All
+    ranks.
+
+    Tensors are gathered one at a time and kept on the main process only. With `tuning: {type: lora, merge: true}`, the
+    base model with the update added in is written beside it, to `merged`.
+    """
+    folder = Path(folder or run.folder / "model")
+    weights = _gathered(run)
+    if run.world.is_main:
+        _write(run, folder, weights)
+        if isinstance(run.config.tuning, LoRA) and run.config.tuning.merge:
+            _write_merged(run, folder, folder.with_name("merged"))
+    run.world.wait()
+    return folder
+
+
+def _gathered(run: Run) -> dict[str, Tensor]:
+    """Return the model's whole state on the main process, nothing on the others."""
+    wanted = _adapter_only if run.tuned.adapter is not None else _everything
+    whole: dict[str, Tensor] = {}
+    for name, tensor in wanted(run).items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if run.world.is_main:
+            whole[name] = value.detach().cpu()
+    return whole
+
+
+def _everything(run: Run) -> dict[str, Tensor]:
+    return run.model.state_dict()
+
+
+def _adapter_only(run: Run) -> dict[str, Tensor]:
+    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in run.model.state_dict().items() if name in trained}
+
+
+def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
+    adapter = run.tuned.adapter
+    if adapter is None:
+        run.model.save_pretrained(folder, state_dict=weights)
+    else:
+        adapter.save_pretrained(
+            str(folder), state_dict={f"base_model.model.{name}": value for name, value in weights.items()}
+        )
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty card
+    run.processor.save_pretrained(folder)
+
+
+def _write_merged(run: Run, adapter: Path, folder: Path) -> None:
+    """Add the exported adapter into a fresh copy of the base, so that the live weights are not rounded by merging and
+    unmerging."""
+    from peft import PeftModel
+
+    assert isinstance(run.config.model, Pretrained)  # an adapter is trained beside weights that were there
+    base = load(run.config.model, run.task.auto_class, run.task.head(), run.processor)
+    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged.save_pretrained(folder)
+    run.processor.save_pretrained(folder)

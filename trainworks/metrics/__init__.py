@@ -1,0 +1,8 @@
+"""Metrics: predictions to statistics of single examples, and those to a value; nothing distributed inside."""
+
+from trainworks.metrics.base import Metric, Prediction, Statistics
+from trainworks.metrics.classification import Accuracy, BinaryF1, MacroF1
+from trainworks.metrics.hugging_face import HuggingFaceMetric
+from trainworks.metrics.ratio import Ratio
+
+__all__ = ["Accuracy", "BinaryF1", "HuggingFaceMetric", "MacroF1", "Metric", "Prediction", "Ratio", "Statistics"]

@@ -1,0 +1,1 @@
+"""Processes and devices: how a run is launched and spread."""

@@ -1,0 +1,192 @@
+"""The start of every process: the devices and processes asked for, the proof that these are what we got, and how ranks
+agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainworks.errors import LaunchError, ToolkitError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from trainworks.data.loading import Batch
+
+__all__ = ["World", "start"]
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others in a collective before it gives up."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The data-parallel ranks of a run, and what they do together."""
+
+    accelerator: Accelerator
+
+    @property
+    def ranks(self) -> int:
+        """How many processes share each step's samples."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches travel to another device."""
+        return self.device.type != "cpu"
+
+    def wait(self) -> None:
+        """Let every rank catch up. All ranks."""
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def first_on_node(self) -> Iterator[None]:
+        """Let one process of each machine do the block before the others. All ranks."""
+        with self.accelerator.local_main_process_first():
+            yield
+
+    def move(self, batch: Batch) -> Batch:
+        """Return a batch on this rank's device."""
+        return (
+            {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            if self.on_gpu
+            else batch
+        )
+
+    def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums of named scalars over all ranks. All ranks, with the same names."""
+        if self.ranks == 1:
+            return dict(values)
+        stacked = torch.stack([value.float() for value in values.values()])
+        torch.distributed.all_reduce(stacked)
+        return dict(zip(values, stacked.unbind(), strict=True))
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order. All ranks."""
+        if self.ranks == 1:
+            return [value]
+        values: list[Any] = [None] * self.ranks
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def most(self, value: int) -> int:
+        """Return the largest of every rank's whole number. All ranks."""
+        if self.ranks == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        return int(shared.item())
+
+    def agree(self, action: Callable[[], object]) -> str | None:
+        """Do something on every rank and return the first problem any of them had, or None. All ranks."""
+        problem = None
+        try:
+            action()
+        except (ToolkitError, OSError) as error:
+            problem = str(error)
+        return next((found for found in self.gather(problem) if found is not None), None)
+
+    @contextmanager
+    def accumulating(self, module: nn.Module, *, sync: bool) -> Iterator[None]:
+        """Exchange gradients after the block's backward pass only when `sync`, that is, for a step's last
+        micro-batch."""
+        with nullcontext() if sync else self.accelerator.no_sync(module):
+            yield
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return a module spread over the ranks as the hardware file says. All ranks."""
+        if not self.accelerator.is_fsdp2:
+            wrapped: nn.Module = self.accelerator.prepare(module)
+            return wrapped
+        from accelerate.utils import fsdp2_prepare_model
+
+        # accelerate 1.15's prepare takes model and optimizer only together; ours is built from the sharded weights.
+        sharded: nn.Module = fsdp2_prepare_model(self.accelerator, module)
+        return sharded
+
+
+def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], folder: str) -> World:
+    """Join the other processes and return the world; LaunchError when it is not the one asked for. All ranks."""
+    _check_environment()
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+
+    handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), DistributedDataParallelKwargs(broadcast_buffers=False)]
+    accelerator = Accelerator(log_with=list(trackers) or None, project_dir=folder, kwargs_handlers=handlers)
+    _check_world(accelerator)
+    _reduce_in_float32(accelerator)
+    set_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return World(accelerator)
+
+
+def _check_environment() -> None:
+    """Compare what the hardware file asked for, which accelerate leaves in the environment, with what there is."""
+    asked = os.environ.get
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise LaunchError(
+            "several processes were asked for and only one was started: `accelerate launch --cpu` starts no others; "
+            "use torchrun --nproc_per_node N with ACCELERATE_USE_CPU=1"
+        )
+    explicit = asked("ACCELERATE_USE_CPU", "").lower()
+    on_gpu = explicit in ("false", "0", "no") or ("RANK" in os.environ and not explicit)
+    if on_gpu and asked("ACCELERATE_TORCH_DEVICE") != "cpu" and not torch.accelerator.is_available():
+        raise LaunchError(
+            "the hardware file asks for a GPU and torch sees none here; take configs/accelerate/cpu.yaml, or mend the "
+            "driver or torch (`python -c 'import torch; print(torch.version.cuda)'` prints None for a CPU build)"
+        )
+    if asked("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16"):
+        raise LaunchError(
+            f"mixed_precision: {asked('ACCELERATE_MIXED_PRECISION')} is not supported; say bf16 or no in the file"
+        )
+
+
+def _check_world(accelerator: Accelerator) -> None:
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise LaunchError(
+            f"{asked} processes were started, but this one sees a world of {accelerator.num_processes}; say "
+            "distributed_type: MULTI_GPU or FSDP in the hardware file"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not accelerator.is_fsdp2:
+        raise LaunchError(
+            "the hardware file asks for FSDP, but this process does not shard: that takes fsdp_version: 2 and more "
+            "than one process, each with a GPU"
+        )
+
+
+def _reduce_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 sum gradients in float32 and leave the loss as it is; accelerate's own policy does both in bfloat16."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None
+        )

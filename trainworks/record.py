@@ -1,0 +1,299 @@
+"""The record of a run: plain data, written as `run.json`, and the only thing a card or a report reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainworks.errors import CheckpointError
+
+__all__ = [
+    "Comparison",
+    "Cost",
+    "CurvePoint",
+    "DataFacts",
+    "Environment",
+    "Estimate",
+    "EvalReport",
+    "GoalOutcome",
+    "ModelFacts",
+    "Outcome",
+    "RunRecord",
+    "Sample",
+    "SplitFacts",
+    "read_outcome",
+    "read_record",
+    "write_json",
+]
+
+SCHEMA_VERSION = 1
+
+
+class _Fact(BaseModel):
+    """Base of everything recorded: frozen, no unknown keys; NaN and infinity are written as the strings JSON lacks
+    words for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+
+class Estimate(_Fact):
+    """A number with its 95% interval over `n` examples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    higher_is_better: bool
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+class Sample(_Fact):
+    """One worked example: what the model was given, what was wanted, what it said."""
+
+    prompt: str
+    reference: str
+    output: str
+
+
+class EvalReport(_Fact):
+    """One model (or a baseline) measured on one split."""
+
+    name: str
+    """What was measured: `final`, `best`, `step 200`, or a baseline: `untuned`, `majority class`, `unigram`."""
+    split: str
+    """The split's name, such as `validation`."""
+    step: int
+    """Optimizer steps taken before it."""
+    is_baseline: bool
+    """True for what the final model is compared with."""
+    num_examples: int
+    metrics: dict[str, Estimate]
+    """By metric name; `loss` (nats per counted unit) is there for every model, not for every baseline."""
+    samples: tuple[Sample, ...] = ()
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} on {self.split} (n={self.num_examples})"]
+        return "\n".join(lines + [f"  {name:<20} {estimate}" for name, estimate in self.metrics.items()])
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{e.value:.4g}</td><td>{e.low:.4g} to {e.high:.4g}</td><td>{e.n}</td></tr>"
+            for name, e in self.metrics.items()
+        )
+        head = "<tr><th>metric</th><th>value</th><th>95% interval</th><th>n</th></tr>"
+        return f"<b>{escape(self.name)} on {escape(self.split)}</b><table>{head}{rows}</table>"
+
+
+class Comparison(_Fact):
+    """The final model minus a baseline on the same examples, with the paired interval."""
+
+    metric: str
+    baseline: str
+    difference: Estimate
+
+
+class CurvePoint(_Fact):
+    """One logged step of training."""
+
+    step: int
+    samples: int
+    tokens: int
+    """Tokens the model was given so far, padding not counted (0 for tasks without tokens)."""
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    """Wall seconds of training since the run began, over all its resumed parts."""
+
+
+class SplitFacts(_Fact):
+    """What a split held once it was prepared."""
+
+    name: str
+    rows: int
+    """Rows read from the source."""
+    samples: int
+    """Training sequences made from them."""
+    tokens: int = 0
+    counted: int = 0
+    """Tokens (or labels) the loss counts."""
+    dropped: dict[str, int] = {}
+    """Rows or tokens left out, by reason."""
+    labels: dict[str, int] = {}
+    """Rows per class, for classification."""
+
+
+class DataFacts(_Fact):
+    """Where the data came from."""
+
+    source: str
+    subset: str | None = None
+    revision: str | None = None
+    """The commit, for a Hub data set."""
+    fingerprint: str
+    """SHA-256 over the rows that were read."""
+    license: str | None = None
+    splits: tuple[SplitFacts, ...]
+
+
+class ModelFacts(_Fact):
+    """What was trained."""
+
+    name: str | None
+    """Hub name or folder of the weights it began from; None when from scratch."""
+    revision: str | None = None
+    architecture: str
+    """The model's class, such as `LlamaForCausalLM`."""
+    num_parameters: int
+    num_trainable: int
+    tuning: str
+    """`full`, `lora`, ..."""
+    dtype: str
+    license: str | None = None
+
+
+class Environment(_Fact):
+    """The machine and the software."""
+
+    python: str
+    platform: str
+    versions: dict[str, str]
+    device: str
+    """The device's name, such as `NVIDIA H100 80GB HBM3` or the processor's."""
+    world_size: int
+    distributed: str
+    """`NO`, `MULTI_GPU`, `FSDP`, ..., as accelerate says it."""
+    mixed_precision: str
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+
+
+class Cost(_Fact):
+    """What the run took. Energy is None where no counter can be read, with the reason in `energy_source`."""
+
+    seconds: float = 0.0
+    """Training, evaluation and saving; loading not counted."""
+    train_seconds: float = 0.0
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    mfu: float | None = None
+    """Model FLOPs over the device's peak; None where the peak is not known."""
+    peak_memory_bytes: int | None = None
+    """The largest of all ranks: GPU memory allocated, or resident memory on a CPU."""
+    energy_joules: float | None = None
+    energy_source: str = "not measured"
+
+
+class GoalOutcome(_Fact):
+    """Whether the run reached the number its configuration asked for."""
+
+    metric: str
+    wanted: str
+    """Such as `>= 0.88`."""
+    value: float
+    met: bool
+
+
+class Outcome(_Fact):
+    """How the process ended; written to `outcome.json` before it exits, since launchers flatten exit codes."""
+
+    code: int
+    """0 ok, 2 usage/config/data, 3 environment, 75 preempted (the same command goes on), 130 interrupted."""
+    reason: str
+
+
+class RunRecord(_Fact):
+    """Everything there is to know about a run."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["pretrain", "finetune"]
+    status: Literal["running", "complete", "preempted", "interrupted", "failed"] = "running"
+    started: str
+    """ISO 8601, UTC."""
+    finished: str | None = None
+    command: str
+    """The command that reproduces the run."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+    task: str
+    pipeline_tag: str
+    """The Hub's name of the task."""
+    data: DataFacts
+    model: ModelFacts
+    environment: Environment
+    per_step: int
+    """Samples per optimizer step over all processes."""
+    micro: int
+    steps_total: int
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    epochs: float = 0.0
+    curve: tuple[CurvePoint, ...] = ()
+    reports: tuple[EvalReport, ...] = ()
+    """In the order they were made: baselines first, `final` last."""
+    comparisons: tuple[Comparison, ...] = ()
+    cost: Cost = Cost()
+    goal: GoalOutcome | None = None
+    resumed_at: tuple[int, ...] = ()
+    """Steps at which the run was continued after a stop."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the card must know, such as a resume at another world size."""
+
+    def write(self, folder: str | Path) -> Path:
+        """Write `run.json` in one atomic step; main process only."""
+        path = Path(folder) / "run.json"
+        write_json(path, json.loads(self.model_dump_json()))
+        return path
+
+    @property
+    def final(self) -> EvalReport | None:
+        """The newest report of the trained model itself."""
+        return next((report for report in reversed(self.reports) if not report.is_baseline), None)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON so that a crash at any moment leaves either the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    with staged.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """Read a run folder's `run.json`; CheckpointError when it is missing, broken, or of another schema version."""
+    path = Path(folder) / "run.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value.get("schema_version") != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path}: written in record schema {value.get('schema_version')}, this version reads {SCHEMA_VERSION}"
+            )
+        return RunRecord.model_validate(value)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not there, so {folder} is not the folder of a run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a run record: {error}") from error
+
+
+def read_outcome(folder: str | Path) -> Outcome:
+    """Read how a run's last process ended; CheckpointError when it wrote no outcome."""
+    path = Path(folder) / "outcome.json"
+    try:
+        return Outcome.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{path}: no outcome can be read: {error}") from error

@@ -1,0 +1,52 @@
+"""How a key and a value are shown in a message: dotted, short, and without secrets."""
+
+from __future__ import annotations
+
+import re
+
+from trainworks.errors import Problem
+
+__all__ = ["REDACTED", "Keys", "dotted", "is_secret", "is_token", "safe_problem", "shown"]
+
+FOUND_WIDTH = 80
+REDACTED = "<redacted>"
+
+Keys = tuple[str | int, ...]
+
+_TOKEN = re.compile(r"(?<![A-Za-z])(?:hf_|sk-|gh[a-z]_|github_pat_|AKIA)[A-Za-z0-9_\-]{4,}")
+_SECRET_KEY = re.compile(r"token$|secret|passw|credential|api_?key", re.IGNORECASE)
+_SECRET_PAIR = re.compile(r"(?:token|secret|passw\w*|credentials?|api_?key)[\"']?\s*:", re.IGNORECASE)
+# Stricter than what is redacted: a name such as hf_models or sk-learn must not be refused.
+_WHOLE_TOKEN = re.compile(
+    r"(?<![A-Za-z])(?:(?:hf_|sk-|gh[a-z]_|github_pat_)[A-Za-z0-9_\-]{0,99}[A-Za-z0-9]{16}|AKIA[A-Z0-9]{16})"
+)
+
+
+def is_token(text: str) -> bool:
+    """Say whether a text holds what looks like an access token of the Hub or another service."""
+    return _WHOLE_TOKEN.search(text) is not None
+
+
+def is_secret(keys: Keys) -> bool:
+    """Say whether a key on the way to a value names a secret, such as `api_token` or `password`."""
+    return any(_SECRET_KEY.search(str(key)) for key in keys)
+
+
+def shown(keys: Keys, text: str) -> str:
+    """Return the `text` of the value at `keys` for a message: secrets redacted, then shortened."""
+    text = REDACTED if text and (is_secret(keys) or _SECRET_PAIR.search(text)) else _TOKEN.sub(REDACTED, text)
+    return text if len(text) <= FOUND_WIDTH else text[: FOUND_WIDTH - 1] + "…"
+
+
+def dotted(keys: Keys) -> str:
+    """Write keys as people do.
+
+    >>> dotted(("data", "train", 0))
+    'data.train[0]'
+    """
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+
+
+def safe_problem(where: str, keys: Keys, message: str) -> Problem:
+    """Make a Problem in which no part quotes a secret."""
+    return Problem(*(_TOKEN.sub(REDACTED, text) for text in (where, shown((), dotted(keys)), message)))

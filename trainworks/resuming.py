@@ -1,0 +1,46 @@
+"""Continue a run: the newest checkpoint that is whole, and the record up to it."""
+
+from __future__ import annotations
+
+from trainworks.checkpoint import restore
+from trainworks.errors import ConfigError
+from trainworks.evaluation import read_statistics
+from trainworks.record import read_record
+from trainworks.run import Run
+from trainworks.tracking import read_curve
+
+__all__ = ["resume"]
+
+
+def resume(run: Run) -> Run:
+    """Bring a freshly assembled run to where its folder's last checkpoint stood; a new run is returned as it is. All
+    ranks."""
+    if not (run.folder / "run.json").exists():
+        return run
+    old = read_record(run.folder)
+    if old.data.fingerprint != run.record.data.fingerprint:
+        raise ConfigError(
+            f"output: {run.folder} holds a run on other rows than data.source has now (their fingerprints differ); "
+            "name another folder"
+        )
+    checkpoint = restore(run)
+    step = run.progress.step
+    run.note(
+        started=old.started,
+        reports=tuple(report for report in old.reports if report.step <= step and (step > 0 or report.is_baseline)),
+        curve=read_curve(run.folder, until=step),
+        cost=old.cost,
+        resumed_at=(*old.resumed_at, step) if checkpoint else old.resumed_at,
+        notes=(
+            *old.notes,
+            *(note for note in run.record.notes if note not in old.notes),
+            *_moved(old.environment.world_size, run),
+        ),
+    )
+    read_statistics(run)
+    return run
+
+
+def _moved(ranks: int, run: Run) -> list[str]:
+    here = run.world.ranks
+    return [] if here == ranks else [f"Continued at step {run.progress.step} on {here} processes instead of {ranks}."]

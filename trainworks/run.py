@@ -1,0 +1,163 @@
+"""A run: the live objects that training, evaluation and checkpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from trainworks.data.loading import Batch, Window, evaluation_batches, windows
+from trainworks.data.order import Plan
+from trainworks.record import EvalReport, RunRecord
+from trainworks.tasks import Processor, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from torch.optim import Optimizer
+    from transformers import PreTrainedModel
+
+    from trainworks.parallel.launch import World
+    from trainworks.schema import RunConfig
+    from trainworks.tuning import Tuned
+
+__all__ = ["Progress", "Run", "Step"]
+
+
+class Step(nn.Module):
+    """The module that is wrapped for many devices: its forward *is* the task's loss.
+
+    Nothing calls the model past it. A loss taken behind DDP's back gives wrong gradients without an error, and behind
+    FSDP's back it mixes sharded and whole tensors.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task, processor: Processor) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.processor = processor
+        # What accelerate asks a model for when it shards: where to cut, and to tie shared weights again afterwards.
+        self._no_split_modules = list(model._no_split_modules or [])
+
+    def tie_weights(self) -> None:
+        """Make weights that the model shares one tensor again."""
+        self.model.tie_weights()
+
+    def forward(self, given: Any, *, ask: Literal["loss", "predict", "show"] = "loss") -> Any:
+        """Return the loss sums of a batch, or its predictions, or worked examples of some rows."""
+        if ask == "loss":
+            return self.task.loss(self.model, given)
+        return getattr(self.task, ask)(self.model, given, self.processor)
+
+
+@dataclass
+class Progress:
+    """How far training has come; with the weights, the optimizer's moments and the RNG, all that a resume needs."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Seconds spent in training steps, over all the run's processes in turn."""
+
+
+Statistics = dict[str, tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]]
+"""By metric: example numbers [n] and sufficient statistics [n, k]."""
+
+
+@dataclass
+class Run:
+    """Everything a training run holds; made by `pretrain.prepare` or `finetune.prepare`, driven by `train_steps` or
+    `fit`."""
+
+    config: RunConfig[Any]
+    task: Task
+    """The configuration's task, with what only the data could tell filled in."""
+    world: World
+    step: nn.Module
+    """The wrapped `Step`."""
+    tuned: Tuned
+    processor: Processor
+    optimizer: Optimizer
+    train: Dataset
+    validation: Dataset | None
+    plan: Plan
+    micro: int
+    record: RunRecord
+    progress: Progress = field(default_factory=Progress)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    """Per evaluation, what comparisons are computed from."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model itself, adapters inside it."""
+        return self.tuned.model
+
+    @property
+    def folder(self) -> Path:
+        """The run's output folder."""
+        return Path(self.config.output)
+
+    def windows(self) -> Iterator[Window]:
+        """Yield the optimizer steps still to do, each as this rank's micro-batches on its device."""
+        collate = partial(self.task.collate, processor=self.processor, train=True)
+        todo = windows(
+            self.train,
+            self.plan,
+            collate,
+            start=self.progress.step,
+            ranks=self.world.ranks,
+            rank=self.world.rank,
+            micro=self.micro,
+            workers=self.config.data.workers,
+            pin=self.world.on_gpu,
+        )
+        for window in todo:
+            yield Window([self.world.move(batch) for batch in window.batches], window.samples, window.tokens)
+
+    def evaluation_batches(self, rows: Dataset) -> Iterator[Batch]:
+        """Yield this rank's share of `rows` on its device, every row once, fillers with weight 0."""
+        collate = partial(self.task.collate, processor=self.processor, train=False)
+        shares = evaluation_batches(
+            rows,
+            collate,
+            ranks=self.world.ranks,
+            rank=self.world.rank,
+            micro=self.micro,
+            workers=self.config.data.workers,
+            pin=self.world.on_gpu,
+        )
+        return map(self.world.move, shares)
+
+    def note(self, **facts: Any) -> None:
+        """Replace fields of the record; `save_record` writes it."""
+        self.record = self.record.model_copy(update=facts)
+
+    def add_report(self, report: EvalReport, statistics: Mapping[str, Any]) -> None:
+        """Append an evaluation, in place of an earlier one of the same name."""
+        self.statistics[report.name] = dict(statistics)
+        self.note(reports=(*(old for old in self.record.reports if old.name != report.name), report))
+
+    def save_record(self) -> None:
+        """Write `run.json`; only the main process does."""
+        if self.world.is_main:
+            self.record.write(self.folder)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        model, held_out = self.record.model, 0 if self.validation is None else len(self.validation)
+        facts = {
+            "run": f"{self.record.kind}: {self.task.pipeline_tag}",
+            "model": f"{model.architecture}, {model.num_parameters:,} parameters, {model.num_trainable:,} trained",
+            "data": f"{self.record.data.source}: {len(self.train):,} samples, {held_out:,} held out",
+            "steps": f"{self.progress.step:,} of {self.plan.num_steps:,}, {self.plan.per_step} samples each",
+            "machine": f"{self.world.ranks} x {self.record.environment.device}",
+            "output": str(self.folder),
+        }
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
+        return f"<table>{rows}</table>"

@@ -1,0 +1,337 @@
+"""The vocabulary of a run: what `pretrain` and `finetune` configurations are made of.
+
+Every field is one YAML key. This module imports neither torch nor transformers, so a configuration is checked in a
+moment.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Strict,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+
+from trainworks.config import Settings
+
+__all__ = [
+    "Batch",
+    "Budget",
+    "Data",
+    "Every",
+    "FromScratch",
+    "Full",
+    "Goal",
+    "Hub",
+    "Limit",
+    "LoRA",
+    "NewTokenizer",
+    "Optim",
+    "Pretrained",
+    "RunConfig",
+]
+
+Count = Annotated[int, Strict(), Field(gt=0)]
+Rate = Annotated[float, Strict(), Field(ge=0)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Pretrained(Settings):
+    """Weights that exist already: a Hub name or a local folder in Hugging Face format."""
+
+    name: Name
+    """Hub name (`distilbert/distilbert-base-uncased`) or a local folder."""
+    revision: Name = "main"
+    """Branch, tag or commit on the Hub; the commit it meant is written to the record."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the weights. float32 masters train best; the arithmetic's precision is the hardware file's."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(**{"name": name, **options})
+
+
+class NewTokenizer(Settings):
+    """A byte-level BPE tokenizer trained on the run's own training text."""
+
+    vocab_size: Count
+    """Tokens in all, special ones included."""
+    min_frequency: Count = 2
+    """A pair seen less often is never merged."""
+
+
+Tokenizer = Annotated[
+    Annotated[Name, Tag("name")] | Annotated[NewTokenizer, Tag("new")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "new"),
+]
+
+
+class FromScratch(Settings):
+    """New weights, drawn by the architecture's own initialisation from the run's seed."""
+
+    architecture: Name
+    """A transformers model type, such as `llama` or `qwen3`."""
+    sizes: dict[str, Any]
+    """Fields of that architecture's configuration (`hidden_size`, `num_hidden_layers`, ...); unknown ones are
+    refused."""
+    tokenizer: Tokenizer
+    """A Hub name or folder, or `{vocab_size: N}` to train one on the training text."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the weights."""
+
+
+def _model_kind(value: Any) -> str:
+    if isinstance(value, FromScratch) or (isinstance(value, dict) and "architecture" in value):
+        return "scratch"
+    return "pretrained"
+
+
+Model = Annotated[
+    Annotated[Pretrained, Tag("pretrained")] | Annotated[FromScratch, Tag("scratch")], Discriminator(_model_kind)
+]
+
+
+class Full(Settings):
+    """Train every weight."""
+
+    type: Literal["full"] = "full"
+
+
+class LoRA(Settings):
+    """Train low-rank updates of the chosen linear layers and, for a new task head, the head (Hu et al. 2021,
+    arXiv:2106.09685)."""
+
+    type: Literal["lora"] = "lora"
+    rank: Count = 16
+    """Rank of each update."""
+    alpha: Rate = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
+    targets: Name | tuple[Name, ...] = "all-linear"
+    """`all-linear` (every linear layer but the output head), or the names of the layers to adapt."""
+    options: dict[str, Any] = {}
+    """Any other option of `peft.LoraConfig`, by its own name, such as `use_rslora: true`."""
+    merge: bool = False
+    """Also export the base model with the update added in."""
+
+
+Tuning = Annotated[Full | LoRA, Field(discriminator="type")]
+
+
+def _source(value: Any) -> Any:
+    """Let a name through as it is, and a Dataset that is already in memory (so `datasets` is already imported)."""
+    datasets = sys.modules.get("datasets")
+    allowed = (str,) if datasets is None else (str, datasets.Dataset, datasets.DatasetDict)
+    if not isinstance(value, allowed):
+        raise ValueError("expected a Hub name, a path, 'python-docs', or a datasets.Dataset / DatasetDict")
+    return value
+
+
+def _describe_source(value: Any) -> str:
+    return value if isinstance(value, str) else f"<{type(value).__name__} in memory>"
+
+
+Source = Annotated[
+    Any,
+    BeforeValidator(_source),
+    PlainSerializer(_describe_source, return_type=str),
+    WithJsonSchema({"type": "string"}),
+]
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[
+    tuple[Name, ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}}),
+]
+
+
+class Limit(Settings):
+    """Take only the first rows of a split, after shuffling it once by the run's seed."""
+
+    train: Count | None = None
+    """Rows to train on; all when absent."""
+    validation: Count | None = None
+    """Rows to evaluate on; all when absent."""
+
+
+class Data(Settings):
+    """Where the rows come from. Nothing of a source is executed: scripts on the Hub are refused."""
+
+    source: Source
+    """A Hub name, a file or folder (jsonl, json, csv, tsv, parquet, txt, arrow), `python-docs`, or a Dataset in
+    memory."""
+    subset: Name | None = None
+    """The Hub data set's configuration name; for `python-docs`, `text` or `questions`."""
+    revision: Name = "main"
+    """Branch, tag or commit on the Hub."""
+    train: Names = ("train",)
+    """The split to train on. In a local folder: file names or patterns."""
+    validation: Names | None = None
+    """The split to evaluate on; when absent, `holdout` of the training rows."""
+    holdout: Share = 0.05
+    """Share of the training rows held out for evaluation when no validation split is named; 0 for none."""
+    columns: dict[Name, Name] = {}
+    """Rename columns before the task sees them: {task's name: source's name}."""
+    limit: Limit = Limit()
+    """Use fewer rows."""
+    workers: Annotated[int, Strict(), Field(ge=0)] = 0
+    """Processes that collate batches ahead of the model; 0 collates in the training process."""
+
+
+class Batch(Settings):
+    """How many samples an optimizer step sees. It does not change with the number of devices."""
+
+    per_step: Count
+    """Samples per optimizer step, over all processes."""
+    micro: Count | Literal["auto"] = "auto"
+    """Samples a process holds at once; the loss does not depend on it."""
+
+
+class Budget(Settings):
+    """How long to train: exactly one of these."""
+
+    epochs: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """Passes over the training samples; 0.5 is half of one."""
+    steps: Count | None = None
+    """Optimizer steps."""
+    tokens: Count | None = None
+    """Tokens seen, padding not counted; turned into steps by the mean length of a sample."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in ("epochs", "steps", "tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of epochs, steps, tokens; found {' and '.join(given) or 'none'}")
+        return self
+
+
+class Optim(Settings):
+    """The optimizer, its schedule and gradient clipping."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or SGD with momentum betas[0]."""
+    lr: Annotated[float, Strict(), Field(gt=0)]
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape after warm-up; linear falls to `min_lr_ratio` x lr, cosine likewise, constant stays."""
+    min_lr_ratio: Share = 0.0
+    """The schedule's last value as a share of lr."""
+    warmup: Annotated[int, Strict(), Field(ge=0)] | Share = 0
+    """Linear warm-up: a whole number is steps, a fraction below 1 is that share of all steps."""
+    weight_decay: Rate = 0.0
+    """Decoupled decay; never applied to biases and other one-dimensional weights."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
+    eps: Annotated[float, Strict(), Field(gt=0)] = 1e-8
+    """AdamW's denominator offset."""
+    max_grad_norm: Annotated[float, Strict(), Field(gt=0)] | Literal["off"] = 1.0
+    """Clip the global gradient norm to this."""
+
+
+Interval = Count | Literal["end"]
+
+
+class Every(Settings):
+    """When to log, evaluate and save, in optimizer steps; `end` is once, after the last step."""
+
+    log: Count = 10
+    """Steps between lines of the log."""
+    evaluate: Interval = "end"
+    """Steps between evaluations; the last step is always evaluated."""
+    save: Interval = "end"
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Count = 2
+    """Checkpoints kept, newest first; the best one is kept besides."""
+
+
+class Goal(Settings):
+    """The problem, stated as a number: the card and the outcome say whether it was met."""
+
+    metric: Name
+    """A metric of the task, or `loss`."""
+    at_least: Annotated[float, Strict()] | None = None
+    """The value to reach, where more is better."""
+    at_most: Annotated[float, Strict()] | None = None
+    """The value to stay under, where less is better."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("give exactly one of at_least, at_most")
+        return self
+
+
+def _repository(value: str) -> str:
+    if value.count("/") != 1 or value.startswith("/") or value.endswith("/"):
+        raise ValueError(f"expected owner/name, found {value!r}")
+    return value
+
+
+class Hub(Settings):
+    """Where and how the model is published."""
+
+    repo: Annotated[str, AfterValidator(_repository)]
+    """owner/name on the Hub."""
+    private: bool = True
+    """Whether only you can see it."""
+    license: Name
+    """The licence the weights are published under: an identifier of the Hub, such as `apache-2.0`."""
+    language: Names = ()
+    """Languages of the text, as ISO 639-1 codes."""
+    push: bool = False
+    """Upload when training ends. The token is then checked before it begins."""
+
+
+TaskT = TypeVar("TaskT", bound=Settings)
+
+
+class RunConfig(Settings, Generic[TaskT]):
+    """What every run says, whichever package runs it."""
+
+    output: Name
+    """Folder of this run: checkpoints, record, weights, card."""
+    about: Name | None = None
+    """What the model is for, in a sentence or two; opens the card."""
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**32)] = 0
+    """The run's only source of chance: weights, order, dropout."""
+    task: TaskT
+    """What is learned: `{type: sft, ...}`."""
+    model: Model
+    """Where the weights come from."""
+    tuning: Tuning = Full()
+    """Which weights are trained."""
+    data: Data
+    """Where the rows come from."""
+    batch: Batch
+    """Samples per step."""
+    budget: Budget
+    """How long to train."""
+    optim: Optim
+    """How to train."""
+    every: Every = Every()
+    """When to log, evaluate, save."""
+    metrics: tuple[Name, ...] = ()
+    """More metrics: names or local paths of Hugging Face `evaluate` modules, as `module` or `module:key`."""
+    goal: Goal | None = None
+    """The number to reach."""
+    trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    """Experiment trackers beside the run's own metrics.jsonl."""
+    deterministic: bool = False
+    """Use only deterministic kernels, so that a GPU run repeats bit for bit (slower)."""
+    hub: Hub | None = None
+    """Where to publish."""

@@ -1,0 +1,20 @@
+"""Every task there is; a new one is a file and a word here."""
+
+from __future__ import annotations
+
+from trainworks.tasks.base import Baseline, Processor, Task
+from trainworks.tasks.causal_lm import CausalLM
+from trainworks.tasks.sequence_classification import SequenceClassification
+from trainworks.tasks.sft import SFT
+
+__all__ = [
+    "SFT",
+    "TASKS",
+    "Baseline",
+    "CausalLM",
+    "Processor",
+    "SequenceClassification",
+    "Task",
+]
+
+TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "sft": SFT, "sequence-classification": SequenceClassification}

@@ -1,0 +1,136 @@
+"""What a task is: one frozen model in one file, its fields the YAML options, its methods the behaviour.
+
+The loop, the evaluation harness and the planner see only this. The loss is returned as *named sums*, one number per
+original row, and beforehand as the matching *named counts*; the loop divides the sums of a whole optimizer step by its
+counts, over every process. So the gradient does not depend on how the step was cut into micro-batches or spread over
+devices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from trainworks.config import Settings
+from trainworks.data.columns import Kind
+from trainworks.data.loading import lengths
+from trainworks.data.text import tokenizer_digest
+from trainworks.metrics import Metric, Prediction, Ratio
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from trainworks.data.cache import Prepared
+    from trainworks.data.loading import Batch, Row
+    from trainworks.record import Sample
+
+__all__ = ["Baseline", "Processor", "Task"]
+
+Processor = Any
+"""A transformers tokenizer, image processor or processor: they share no base class."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a model without training would score: loss statistics [rows, 2] (sum, count), predictions, or both."""
+
+    losses: np.ndarray[Any, Any] | None = None
+    predictions: Mapping[int, Prediction] = field(default_factory=dict)
+
+
+class Task(Settings, ABC):
+    """The base of every task; what an easy task does not need has a default here."""
+
+    type: str
+    """The YAML tag; each task narrows it to its own."""
+    auto_class: ClassVar[str]
+    """The transformers Auto class that loads its models."""
+    pipeline_tag: ClassVar[str]
+    """The Hub's name of the task."""
+    reads: ClassVar[str] = "tokenizer"
+    """What turns its rows into tensors: `tokenizer` or `image_processor`."""
+
+    def columns(self) -> dict[str, Kind]:
+        """Return the columns it reads, each with its kind (`text`, `label`, `messages`, `any`); checked before a model
+        loads."""
+        return {}
+
+    def resolve(self, rows: Dataset) -> Self:
+        """Return the task with what only the training rows can tell filled in, such as the class names."""
+        return self
+
+    def equip(self, processor: Processor) -> Processor:
+        """Return the processor made ready for this task, such as with a padding token; ConfigError when it cannot
+        serve."""
+        return processor
+
+    def head(self) -> dict[str, Any]:
+        """Return what the model's configuration must say for this task, such as `num_labels`."""
+        return {}
+
+    @abstractmethod
+    def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
+        """Turn rows into training sequences; a column `length`, where there is one, counts each one's tokens."""
+
+    def facts(self, samples: Dataset) -> dict[str, Any]:
+        """Return what the record says of prepared samples: fields of `SplitFacts`, such as tokens, counted, labels."""
+        tokens = 0 if (sizes := lengths(samples)) is None else int(sizes.sum())
+        return {"tokens": tokens, "counted": tokens}
+
+    def fingerprint(self, processor: Processor) -> str:
+        """Return a digest of all of the processor that decides what `prepare` makes."""
+        return tokenizer_digest(processor)
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Row], processor: Processor, *, train: bool) -> Batch:
+        """Stack prepared rows; each row's `seed` is the only source of chance allowed here."""
+
+    def example(self, rows: Dataset, processor: Processor, *, size: int) -> Batch:
+        """Return the largest batch of `size` rows the data can ask for."""
+        import numpy as np
+
+        sizes = lengths(rows)
+        longest = 0 if sizes is None else int(np.argmax(sizes))
+        row = rows.with_format("numpy")[longest] | {"index": longest, "epoch": 0, "seed": 0, "source": 0, "weight": 1.0}
+        return self.collate([row] * size, processor, train=True)
+
+    @abstractmethod
+    def count(self, batch: Batch) -> dict[str, Tensor]:
+        """Return each loss term's denominators, [original rows]; known before the model runs."""
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the model is called with."""
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+    @abstractmethod
+    def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+        """Return each loss term's sums, [original rows], under the same names as `count`."""
+
+    def loss_from(self, hidden: Tensor, head: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the sums from the backbone's last states, for tasks whose model ends in a vocabulary head."""
+        raise NotImplementedError(f"{type(self).__name__} has no vocabulary head")
+
+    def predict(self, model: PreTrainedModel, batch: Batch, processor: Processor) -> dict[int, Prediction]:
+        """Return what the metrics are computed from, by example number."""
+        return {}
+
+    def show(self, model: PreTrainedModel, rows: Dataset, processor: Processor) -> tuple[Sample, ...]:
+        """Return a few worked examples for people to read. All ranks."""
+        return ()
+
+    def metrics(self) -> dict[str, Metric]:
+        """Return the metrics of its predictions."""
+        return {}
+
+    def loss_metrics(self) -> dict[str, Metric]:
+        """Return the metrics of its loss sums and counts; they exist for every task."""
+        return {"loss": Ratio("loss", higher_is_better=False)}
+
+    def baselines(self, train: Dataset, evaluation: Dataset) -> dict[str, Baseline]:
+        """Return, by name, what doing without a model would score on `evaluation`."""
+        return {}
