@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.config import Config
 from trainworks.models import load, load_processor
-from trainworks.preparation import assemble, begin, prepare_data, read_rows
+from trainworks.preparation import assemble, begin, check_model, prepare_data, read_rows
 from trainworks.resuming import resume
 from trainworks.run import Run
 
@@ -20,6 +20,7 @@ def prepare(config: Config) -> Run:
     world = begin(config)
     rows, task = read_rows(config)
     processor = task.equip(load_processor(task.reads, config.model.name, config.model.revision))
+    check_model(config, task, processor)
     data = prepare_data(rows, task, processor, world)
     model = load(config.model, task.auto_class, task.head(), processor)
     return resume(assemble(config, "finetune", task=task, world=world, processor=processor, model=model, data=data))

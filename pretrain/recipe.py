@@ -6,7 +6,7 @@ from typing import Any
 
 from pretrain.config import Config
 from trainworks.models import initialise, load, load_processor, new_tokenizer
-from trainworks.preparation import assemble, begin, prepare_data, read_rows
+from trainworks.preparation import assemble, begin, check_model, prepare_data, read_rows
 from trainworks.resuming import resume
 from trainworks.run import Run
 from trainworks.schema import FromScratch, NewTokenizer, Pretrained
@@ -24,6 +24,7 @@ def prepare(config: Config) -> Run:
     world = begin(config)
     rows, task = read_rows(config)
     processor = task.equip(_processor(config, rows.train))
+    check_model(config, task, processor)
     data = prepare_data(rows, task, processor, world)
     model = _model(config, task, processor)
     return resume(assemble(config, "pretrain", task=task, world=world, processor=processor, model=model, data=data))

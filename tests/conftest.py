@@ -20,6 +20,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="2",
+    OMP_WAIT_POLICY="passive",  # spinning threads starve the others on a busy machine
     TOKENIZERS_PARALLELISM="false",
 )
 

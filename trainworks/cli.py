@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -46,11 +48,22 @@ def _first_line(path: Path) -> str:
 
 
 def _copy(folder: Path, target: Path) -> int:
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; name a new folder, for nothing is overwritten")
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; name a new folder, for nothing is overwritten")
-    shutil.copytree(folder, target, dirs_exist_ok=True)
+    with _writing(target):
+        shutil.copytree(folder, target, dirs_exist_ok=True)
     print(f"copied to {target}")
     return 0
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
 @app.command("schema")
@@ -61,8 +74,14 @@ def _schema(
     text = json.dumps(run_schema(), indent=1) + "\n"
     if write is None:
         print(text, end="")
-    else:
-        write.write_text(text, encoding="utf-8")
+        return
+    raise typer.Exit(guarded(lambda: _save(text, write)))
+
+
+def _save(text: str, target: Path) -> int:
+    with _writing(target):
+        target.write_text(text, encoding="utf-8")
+    return 0
 
 
 def run_schema() -> dict[str, object]:

@@ -55,12 +55,13 @@ def _command(
     if is_complete(config):
         say(f"{config.output}: this run is complete; name another output folder to train again")
         return EXIT_OK
-    follow_launcher()
-    return _recorded(config, lambda: _run(config, recipe()))
+    return _recorded(config, lambda: _run(config, recipe))
 
 
-def _run(config: RunConfig[Any], prepare: Prepare) -> Outcome:
+def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     """Train, export, and write the card; upload when the run file asks for it."""
+    follow_launcher()
+    prepare = recipe()
     import datasets
 
     import model_cards
@@ -68,7 +69,7 @@ def _run(config: RunConfig[Any], prepare: Prepare) -> Outcome:
     from trainworks.training import fit
 
     datasets.disable_progress_bars()
-    if config.hub is not None and config.hub.push:
+    if config.hub is not None and config.hub.push and _is_main():
         model_cards.check_access(config.hub.repo)
     run = prepare(config)
     say(_opening(run))
@@ -127,16 +128,21 @@ def _recorded(config: RunConfig[Any], action: Callable[[], Outcome]) -> int:
     """Do it, and write how it ended to `outcome.json` before the process ends: launchers keep only 0 or 1 of an exit
     code."""
     folder = Path(config.output)
+    if _is_main():  # the outcome of an earlier process must not pass for this one's, should it be killed
+        (folder / "outcome.json").unlink(missing_ok=True)
     try:
         outcome = action()
     except ToolkitError as error:
         _write(folder, Outcome(code=error.exit_code, reason=str(error)))
         raise
     except KeyboardInterrupt:
-        _write(folder, Outcome(code=EXIT_INTERRUPTED, reason="interrupted before the run could be saved"))
+        _write(
+            folder,
+            Outcome(code=EXIT_INTERRUPTED, reason="interrupted; the same command goes on from the last checkpoint"),
+        )
         raise
     except Stopped:
-        outcome = Outcome(code=EXIT_PREEMPTED, reason="asked to stop before the first step; the same command begins")
+        outcome = Outcome(code=EXIT_PREEMPTED, reason="asked to stop outside training; the same command goes on")
     except BaseException as error:
         _write(folder, Outcome(code=1, reason=f"{type(error).__name__}: {error}"))
         raise

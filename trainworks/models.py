@@ -3,8 +3,11 @@ head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["Head", "backbone", "initialise", "load", "load_processor", "new_tokenizer", "revision_of"]
+__all__ = [
+    "Head",
+    "backbone",
+    "check",
+    "initialise",
+    "load",
+    "load_processor",
+    "new_tokenizer",
+    "outline",
+    "revision_of",
+]
 
+_HUB_SECONDS = 10
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -27,12 +41,93 @@ CHAT_TEMPLATE = (
 """The ChatML layout; a tokenizer trained here carries it, so that its models can be tuned on conversations."""
 
 
+def check(settings: Pretrained | FromScratch) -> None:
+    """See that the model can be had, before anything loads; ConfigError or AccessError when not.
+
+    The folder holds one, or the Hub lets us in; transformers knows the architecture and its sizes.
+    """
+    _CHECKS[type(settings)](settings)
+
+
+def _check_pretrained(settings: Pretrained) -> None:
+    if _is_folder("model.name", settings.name):
+        _check_folder(Path(settings.name))
+        return
+    names = _ask_hub(settings.name, settings.revision)
+    if names is not None and not any(name.endswith(".safetensors") for name in names):
+        raise ConfigError(
+            f"model.name: {settings.name} holds no safetensors weights, and no others are read; the Hub may hold a "
+            "converted copy: model.revision: refs/pr/N"
+        )
+
+
+def _check_scratch(settings: FromScratch) -> None:
+    _check_sizes(settings)
+    if isinstance(settings.tokenizer, str) and not _is_folder("model.tokenizer", settings.tokenizer):
+        _ask_hub(settings.tokenizer, "main")
+
+
+def _is_folder(key: str, name: str) -> bool:
+    """Tell a local folder from a Hub name; ConfigError when it can be neither."""
+    folder = Path(name)
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ConfigError(f"{key}: no folder {name}{_siblings(folder)}")
+    return folder.is_dir()
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"model.name: {folder} holds an adapter alone; name a whole model, such as the folder `merged` that a "
+                "run with tuning.merge: true writes"
+            )
+        inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+        guess = f" (did you mean '{inside[0]}'?)" if inside else ""
+        raise ConfigError(f"model.name: {folder} holds no config.json, so it is no Hugging Face model{guess}")
+    _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """Read the headers of the safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        for name in sorted(names):
+            if not (folder / name).is_file():
+                raise ConfigError(f"model.name: {folder} holds no {name}, and only safetensors weights are read")
+            with safe_open(folder / name, framework="pt"):
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"model.name: {folder}: its safetensors weights cannot be read: {_said(error)}") from error
+
+
+def _ask_hub(name: str, revision: str) -> list[str] | None:
+    """Return the names of a model's files, or None when offline.
+
+    Asked once, with a short timeout, before transformers tries for a minute.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    try:
+        info = HfApi().model_info(name, revision=revision, timeout=_HUB_SECONDS)
+    except OfflineModeIsEnabled:
+        return None
+    except (HTTPError, OSError, ValueError) as error:
+        raise _refused(name, error) from None
+    return [file.rfilename for file in info.siblings or ()]
+
+
 def load_processor(kind: str, name: str, revision: str = "main") -> Any:
     """Load a `tokenizer` or an `image_processor` by Hub name or folder."""
     import transformers
 
     auto: Any = {"tokenizer": transformers.AutoTokenizer, "image_processor": transformers.AutoImageProcessor}[kind]
-    return _reaching(name, lambda: auto.from_pretrained(name, revision=revision))
+    read = partial(auto.from_pretrained, name, revision=revision, trust_remote_code=False)
+    return _reaching(name, f"the {kind.replace('_', ' ')}", read)
 
 
 def new_tokenizer(settings: NewTokenizer, texts: Iterable[str]) -> Any:
@@ -72,6 +167,26 @@ def new_tokenizer(settings: NewTokenizer, texts: Iterable[str]) -> Any:
     return tokenizer
 
 
+def outline(
+    settings: Pretrained | FromScratch, auto_class: str, head: dict[str, Any], processor: Any
+) -> PreTrainedModel:
+    """Build the model from its configuration alone, on torch's meta device, which takes neither time nor memory.
+
+    ConfigError when there is no such model for the task, or the tokenizer knows more tokens than the model.
+    """
+    import torch
+    import transformers
+
+    config = _CONFIGURE[type(settings)](settings, head, processor)
+    auto: Any = getattr(transformers, auto_class)
+    with _refusing("model"), torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: PreTrainedModel = auto.from_config(config)
+    embeddings: Any = model.get_input_embeddings().num_embeddings
+    if len(processor) > embeddings:
+        raise ConfigError(f"model: the tokenizer has {len(processor)} tokens, the model {embeddings} embeddings")
+    return model
+
+
 def initialise(settings: FromScratch, auto_class: str, tokenizer: Any, *, seed: int) -> PreTrainedModel:
     """Build a new model of the architecture and sizes asked for, its weights drawn from `seed`.
 
@@ -80,14 +195,13 @@ def initialise(settings: FromScratch, auto_class: str, tokenizer: Any, *, seed: 
     import torch
     import transformers
 
-    config = _architecture(settings, tokenizer)
+    config = _from_sizes(settings, {}, tokenizer)
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, auto_class).from_config(config, dtype=getattr(torch, settings.dtype))
     return model
 
 
-def _architecture(settings: FromScratch, tokenizer: Any) -> PretrainedConfig:
-    """Return the transformers configuration that `settings` describe, with the tokenizer's vocabulary."""
+def _check_sizes(settings: FromScratch) -> None:
     from transformers import CONFIG_MAPPING
 
     if settings.architecture not in CONFIG_MAPPING:
@@ -104,16 +218,42 @@ def _architecture(settings: FromScratch, tokenizer: Any) -> PretrainedConfig:
     ]
     if problems:
         raise ConfigError(problems)
+    with _refusing(f"model.sizes: {settings.architecture}"):
+        kind(**settings.sizes)
+
+
+def _from_sizes(settings: FromScratch, head: dict[str, Any], tokenizer: Any) -> PretrainedConfig:
+    """Return the transformers configuration that `settings` describe, with the tokenizer's vocabulary."""
+    from transformers import CONFIG_MAPPING
+
+    _check_sizes(settings)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config: PretrainedConfig = kind(**({"vocab_size": len(tokenizer)} | ids | settings.sizes))
+    with _refusing(f"model.sizes: {settings.architecture}"):
+        config: PretrainedConfig = CONFIG_MAPPING[settings.architecture](
+            **({"vocab_size": len(tokenizer)} | ids | head | settings.sizes)
+        )
     return config
+
+
+def _from_name(settings: Pretrained, head: dict[str, Any], processor: Any) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    read = partial(AutoConfig.from_pretrained, settings.name, revision=settings.revision, trust_remote_code=False)
+    config: PretrainedConfig = _reaching(settings.name, "the configuration", partial(read, **head))
+    return config
+
+
+_CHECKS: dict[type, Callable[[Any], None]] = {Pretrained: _check_pretrained, FromScratch: _check_scratch}
+_CONFIGURE: dict[type, Callable[[Any, dict[str, Any], Any], PretrainedConfig]] = {
+    Pretrained: _from_name,
+    FromScratch: _from_sizes,
+}
 
 
 def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor: Any) -> PreTrainedModel:
     """Load weights by Hub name or folder for the task's Auto class; `head` goes into the model's configuration.
 
-    Only safetensors are read and no code of the model's repository runs. ConfigError when the tokenizer knows more
-    tokens than the model.
+    Only safetensors are read and no code of the model's repository runs.
     """
     import torch
     import transformers
@@ -124,15 +264,11 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
             revision=settings.revision,
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
+            trust_remote_code=False,
             **head,
         )
 
-    model: PreTrainedModel = _reaching(settings.name, read)
-    embeddings: Any = model.get_input_embeddings().num_embeddings
-    if len(processor) > embeddings:
-        raise ConfigError(
-            f"model.name: {settings.name}: the tokenizer has {len(processor)} tokens, the model {embeddings} embeddings"
-        )
+    model: PreTrainedModel = _reaching(settings.name, "the weights", read)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return model
@@ -144,44 +280,78 @@ def revision_of(model: PreTrainedModel) -> str | None:
     return commit
 
 
-def _reaching(name: str, read: Callable[[], Any]) -> Any:
+def _reaching(name: str, part: str, read: Callable[[], Any]) -> Any:
     """Call `read`, and turn what the Hub or the folder answers into an error that says what to do."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        raise ConfigError(f"model.name: no folder {name}{_siblings(name)}")
     try:
-        return read()
-    except (OSError, ValueError) as error:
-        cause = next((e for e in _chain(error) if isinstance(e, HfHubHTTPError)), None)
-        if isinstance(cause, GatedRepoError):
-            raise AccessError(f"{name} is gated: accept its terms on the Hub, then `hf auth login`") from error
-        if isinstance(cause, RepositoryNotFoundError):
-            raise AccessError(
-                f"{name}: no such model on the Hub, or it is private and the token (HF_TOKEN) does not open it"
-            ) from error
-        if isinstance(error, ValueError) and cause is None:
-            raise ConfigError(f"model: {name}: {_first_line(error)}") from error
-        raise AccessError(f"model: {name}: {_first_line(error)}") from error
+        with _refusing(f"model: {part} of {name}"):
+            return read()
+    except (OSError, HTTPError) as error:
+        if Path(name).is_dir():
+            raise ConfigError(f"model: {part} of {name}: {_said(error)}") from error
+        cause = next((each for each in _chain(error) if isinstance(each, HTTPError)), error)
+        raise _refused(name, cause) from error
 
 
-def _chain(error: BaseException | None) -> Iterable[BaseException]:
+def _refused(name: str, error: Exception) -> AccessError:
+    """Say what to do about the Hub's answer, or about none; never in its client's words, which may quote the token."""
+    from huggingface_hub import errors, is_offline_mode
+
+    if is_offline_mode():
+        return AccessError(
+            f"{name}: not a folder here, nor in the cache, and the Hub is switched off (HF_HUB_OFFLINE); load it once "
+            "online, or name a folder"
+        )
+    mends: dict[type[Exception], str] = {
+        errors.GatedRepoError: f"gated; accept its terms at https://huggingface.co/{name}, then `hf auth login`",
+        errors.RevisionNotFoundError: "no such revision on the Hub; check model.revision",
+        errors.RepositoryNotFoundError: "not on the Hub (nor a folder here), or private and not open to "
+        "the token given; check the spelling, or `hf auth login`",
+        errors.HFValidationError: "neither a folder here nor a Hub name (owner/name)",
+        UnicodeEncodeError: "the token holds characters that no token has; check HF_TOKEN",
+    }
+    if mend := next((text for kind, text in mends.items() if isinstance(error, kind)), None):
+        return AccessError(f"{name}: {mend}")
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        refused = "the token (HF_TOKEN) is missing, wrong or expired: `hf auth login`"
+        return AccessError(
+            f"{name}: the Hub answered {status}; {refused if status in (401, 403) else 'try again later'}"
+        )
+    return AccessError(
+        f"{name}: the Hub cannot be reached ({type(error).__name__}); check the network and HF_ENDPOINT, or set "
+        "HF_HUB_OFFLINE=1 to use what is cached"
+    )
+
+
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Turn what transformers raises for settings and files it does not understand into a ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise ConfigError(f"{where}: {_said(error)}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300]
+def _said(error: BaseException) -> str:
+    """Return a library's message as one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"no {text}" if isinstance(error, KeyError) else text[:400]
 
 
-def _siblings(name: str) -> str:
-    parent = Path(name).parent
-    return (
-        nearest(Path(name).name, [entry.name for entry in parent.iterdir() if entry.is_dir()])
-        if parent.is_dir()
-        else ""
-    )
+def _siblings(folder: Path) -> str:
+    there = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return nearest(folder.name, [entry.name for entry in there if entry.is_dir()])
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from trainworks.config import differences, resolved
-from trainworks.errors import ConfigError
-from trainworks.record import read_record
+from trainworks.errors import EXIT_OK, CheckpointError, ConfigError
+from trainworks.record import read_outcome, read_record
 from trainworks.schema import RunConfig
 
 __all__ = ["check_folder", "is_complete"]
@@ -21,8 +22,9 @@ _CHANGEABLE = ("about", "every", "trackers", "hub", "goal", "data.workers", "bat
 def check_folder(config: Config) -> None:
     """Raise ConfigError when the output folder holds anything but this very run."""
     folder = Path(config.output)
+    _check_place(folder)
     if not (folder / "run.json").exists():
-        if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+        if folder.exists() and _foreign(folder):
             raise ConfigError(f"output: {folder} holds files that are not a run's; name another folder")
         return
     old = read_record(folder).config
@@ -34,6 +36,15 @@ def check_folder(config: Config) -> None:
         )
 
 
+def _check_place(folder: Path) -> None:
+    """See that the folder is there or can be made, without making it."""
+    nearest_there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest_there.is_dir():
+        raise ConfigError(f"output: {folder} cannot be a folder: {nearest_there} is a file; name another")
+    if not os.access(nearest_there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output: {folder}: {nearest_there} may not be written to; name another folder")
+
+
 def _foreign(folder: Path) -> bool:
     return any(
         entry.name not in ("outcome.json", "trackers") and not entry.name.startswith(".") for entry in folder.iterdir()
@@ -41,7 +52,14 @@ def _foreign(folder: Path) -> bool:
 
 
 def is_complete(config: Config) -> bool:
-    """Tell whether the folder holds this run, finished; ConfigError when it holds anything else."""
+    """Tell whether the folder holds this run, trained and exported; ConfigError when it holds anything else."""
     check_folder(config)
     folder = Path(config.output)
-    return (folder / "run.json").exists() and read_record(folder).status == "complete"
+    return (folder / "run.json").exists() and read_record(folder).status == "complete" and _ended_well(folder)
+
+
+def _ended_well(folder: Path) -> bool:
+    try:
+        return read_outcome(folder).code == EXIT_OK
+    except CheckpointError:
+        return False

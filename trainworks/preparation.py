@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trainworks import tuning
+from trainworks import models, tuning
 from trainworks.config import resolved
 from trainworks.data.cache import Prepared, cached, digest
 from trainworks.data.columns import require_columns
 from trainworks.data.loading import lengths
 from trainworks.data.order import Plan, mix
 from trainworks.data.sources import Rows, read
-from trainworks.errors import ConfigError, DataError
-from trainworks.models import revision_of
+from trainworks.errors import ConfigError, DataError, nearest
+from trainworks.evaluation.harness import measured
+from trainworks.metrics import HuggingFaceMetric
 from trainworks.optim import build_optimizer
 from trainworks.output import check_folder
 from trainworks.parallel.launch import World, start
@@ -36,15 +37,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-__all__ = ["PreparedData", "assemble", "begin", "prepare_data", "read_rows"]
+__all__ = ["PreparedData", "assemble", "begin", "check_model", "prepare_data", "read_rows"]
 
 Config = RunConfig[Any]
 
 
 def begin(config: Config) -> World:
-    """Join the other processes and see that the output folder is free, or holds this very run. All ranks."""
+    """Join the other processes, and see that the output folder is free, or holds this very run, and that the model can
+    be had. All ranks."""
     tuning.check(config.tuning)
     check_folder(config)
+    models.check(config.model)
     return start(
         seed=config.seed,
         deterministic=config.deterministic,
@@ -54,13 +57,37 @@ def begin(config: Config) -> World:
 
 
 def read_rows(config: Config) -> tuple[Rows, Task]:
-    """Read the source and return it with the task it resolves; columns are checked before anything is loaded."""
+    """Read the source and return it with the task it resolves; columns, metrics and goal are checked before anything is
+    loaded."""
     rows = read(config.data, seed=config.seed)
     task: Task = config.task.resolve(rows.train)
     for part in (rows.train, rows.validation):
         if part is not None:
             require_columns(part, task.columns(), source=rows.source)
+    _check_metrics(config, rows, task)
     return rows, task
+
+
+def _check_metrics(config: Config, rows: Rows, task: Task) -> None:
+    """Load the metrics that are asked for, and see that the goal's is among those there are."""
+    if config.metrics and not task.metrics():
+        raise ConfigError(f"metrics: task {task.type} makes no predictions that {config.metrics[0]} could measure")
+    if config.goal is not None and rows.validation is None:
+        raise ConfigError("goal: there are no rows to measure it on; name data.validation, or set data.holdout above 0")
+    known = measured(task, config.metrics)
+    for spec in config.metrics:
+        _ = HuggingFaceMetric(spec).module
+    if config.goal is not None and config.goal.metric not in known:
+        raise ConfigError(
+            f"goal.metric: {config.goal.metric!r} is not measured{nearest(config.goal.metric, known)}; there are "
+            f"{', '.join(known)}"
+        )
+
+
+def check_model(config: Config, task: Task, processor: Processor) -> None:
+    """Build the model without its weights, and tune that, so that what does not fit is known before they load."""
+    outline = models.outline(config.model, task.auto_class, task.head(), processor)
+    tuning.rehearse(config.tuning, outline, auto_class=task.auto_class)
 
 
 @dataclass(frozen=True)
@@ -191,7 +218,7 @@ def _micro(batch: Batch, train: Dataset, world: World) -> int:
 def _model_facts(config: Config, model: PreTrainedModel) -> ModelFacts:
     return ModelFacts(
         name=getattr(config.model, "name", None),
-        revision=revision_of(model),
+        revision=models.revision_of(model),
         architecture=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),

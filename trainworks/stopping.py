@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -72,5 +73,10 @@ def follow_launcher() -> None:
     if launched and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() == 1:  # it died before the call above
+        if os.getppid() == 1 and not _is_launcher(Path("/proc/1/cmdline")):  # it died before the call above
             raise Stopped
+
+
+def _is_launcher(command_line: Path) -> bool:
+    """Tell a launcher from an init process; in a container the launcher itself may be process 1."""
+    return any(name in command_line.read_bytes() for name in (b"accelerate", b"torchrun", b"torch.distributed"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["Tuned", "check", "tune"]
+__all__ = ["Tuned", "check", "rehearse", "tune"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ def check(tuning: Full | LoRA) -> None:
         raise ConfigError(problems)
 
 
+def rehearse(tuning: Full | LoRA, outline: PreTrainedModel, *, auto_class: str) -> None:
+    """Tune a model that has no weights yet; ConfigError for what would fail, or pass unheeded, on the real one."""
+    if isinstance(tuning, LoRA):
+        # How the adapter's weights begin may be computed from the model's, which are not there.
+        tuning = tuning.model_copy(update={"options": tuning.options | {"init_lora_weights": False}})
+    tune(tuning, outline, auto_class=auto_class)
+
+
 def _full(tuning: Full, model: PreTrainedModel, auto_class: str) -> Tuned:
     return Tuned(model.requires_grad_(True))
 
@@ -63,20 +71,42 @@ def _lora(tuning: LoRA, model: PreTrainedModel, auto_class: str) -> Tuned:
     from peft import LoraConfig, get_peft_model
 
     options: dict[str, Any] = {"task_type": _TASK_TYPES.get(auto_class)} | tuning.options
+    targets = (tuning.targets,) if isinstance(tuning.targets, str) else tuning.targets
+    _require(model, "tuning.targets", [name for name in targets if name != "all-linear"])
+    _require(model, "tuning.options.modules_to_save", options.get("modules_to_save") or ())
     try:
-        adapter = get_peft_model(
-            model,
-            LoraConfig(
-                r=tuning.rank,
-                lora_alpha=tuning.alpha,  # type: ignore[arg-type]
-                lora_dropout=tuning.dropout,
-                target_modules=tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets),
-                **options,
-            ),
+        config = LoraConfig(
+            r=tuning.rank,
+            lora_alpha=tuning.alpha,  # type: ignore[arg-type]
+            lora_dropout=tuning.dropout,
+            target_modules="all-linear" if "all-linear" in targets else list(targets),
+            **options,
         )
-    except ValueError as error:
+        adapter = get_peft_model(model, config)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise ConfigError(f"tuning: {str(error).splitlines()[0]}") from error
     return Tuned(model, adapter)
+
+
+def _require(model: PreTrainedModel, key: str, names: Iterable[str]) -> None:
+    """Refuse names that no layer of the model has: PEFT passes over one in silence when another fits."""
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    missing = [name for name in names if not any(layer.endswith(f".{name}") for layer in layers)]
+    if missing:
+        from torch.nn import Linear
+
+        linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, Linear)})
+        raise ConfigError(
+            [
+                Problem(
+                    "",
+                    key,
+                    f"the model has no layer {name!r}{nearest(name, linear)}; its linear layers are "
+                    f"{', '.join(linear)}",
+                )
+                for name in missing
+            ]
+        )
 
 
 _TUNE: dict[type, Callable[[Any, PreTrainedModel, str], Tuned]] = {Full: _full, LoRA: _lora}

@@ -6,16 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Prepared", "cached", "digest", "folder"]
+__all__ = ["Prepared", "cached", "digest", "folder", "table"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,15 @@ class Prepared:
 
     samples: Dataset
     dropped: dict[str, int]
+
+
+def table(columns: Mapping[str, Any]) -> Dataset:
+    """Return columns as a data set."""
+    import pyarrow
+    from datasets import Dataset
+
+    # Without a fingerprint given, datasets 5.2 pickles the whole table to make one.
+    return Dataset(pyarrow.table(columns), fingerprint=uuid4().hex)
 
 
 def folder() -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from trainworks.data.cache import table
 from trainworks.data.columns import fingerprint, rename
 from trainworks.data.files import READERS, read_files
 from trainworks.data.order import permuted
@@ -145,13 +146,11 @@ def _joined(splits: Mapping[str, Dataset], wanted: Sequence[str], source: str) -
 
 
 def _python_docs(data: Data) -> _Opened:
-    from datasets import Dataset
-
     from trainworks.data import pydocs
 
     if data.revision != "main":
         raise DataError("python-docs: data.revision can be used with a Hub data set only; leave it out")
-    splits = {name: Dataset.from_dict(columns) for name, columns in pydocs.read(data.subset).items()}
+    splits = {name: table(columns) for name, columns in pydocs.read(data.subset).items()}
     return _named_splits(splits, data, "python-docs")._replace(license=pydocs.LICENSE)
 
 

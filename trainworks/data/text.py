@@ -48,10 +48,10 @@ def encode(texts: Iterable[str], tokenizer: Tokenizer, *, special: bool = True) 
     for text in texts:
         batch.append(text)
         if len(batch) == _BATCH:
-            yield from tokenizer(batch, add_special_tokens=special)["input_ids"]
+            yield from tokenizer(batch, add_special_tokens=special, verbose=False)["input_ids"]
             batch = []
     if batch:
-        yield from tokenizer(batch, add_special_tokens=special)["input_ids"]
+        yield from tokenizer(batch, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def blocks(documents: Iterable[Sequence[int]], size: int, *, end: int) -> list[Ids]:

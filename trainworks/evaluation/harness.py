@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,17 @@ from trainworks.evaluation.statistics import compare, estimate, merge
 from trainworks.metrics import HuggingFaceMetric, Metric, Prediction
 from trainworks.record import Comparison, EvalReport, write_json
 from trainworks.run import Run, Statistics
+from trainworks.tasks import Task
 
-__all__ = ["compare_with_baselines", "evaluate", "evaluate_baselines", "is_best", "metrics_of", "read_statistics"]
+__all__ = [
+    "compare_with_baselines",
+    "evaluate",
+    "evaluate_baselines",
+    "is_best",
+    "measured",
+    "metrics_of",
+    "read_statistics",
+]
 
 
 def evaluate(run: Run, name: str | None = None, *, is_baseline: bool = False) -> EvalReport:
@@ -92,13 +101,18 @@ def is_best(run: Run) -> bool:
     return values[-1] == (max if metrics_of(run)[name].higher_is_better else min)(values)
 
 
-def metrics_of(run: Run) -> dict[str, Metric]:
-    """Return every metric of a run: of its loss, of its task, and those the configuration adds."""
-    own = run.task.loss_metrics() | run.task.metrics()
-    added = {metric.name: metric for metric in map(HuggingFaceMetric, run.config.metrics)}
-    if twice := own.keys() & added.keys():
+def measured(task: Task, added: Iterable[str]) -> dict[str, Metric]:
+    """Return every metric of a task's loss and predictions, and the `evaluate` modules that a configuration adds."""
+    own = task.loss_metrics() | task.metrics()
+    more = {metric.name: metric for metric in map(HuggingFaceMetric, added)}
+    if twice := own.keys() & more.keys():
         raise EvaluationError(f"metrics: {', '.join(sorted(twice))} is measured already; leave it out")
-    return own | added
+    return own | more
+
+
+def metrics_of(run: Run) -> dict[str, Metric]:
+    """Return every metric of a run."""
+    return measured(run.task, run.config.metrics)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, Strict
 
-from trainworks.data.cache import Prepared
+from trainworks.data.cache import Prepared, table
 from trainworks.data.columns import Kind
 from trainworks.data.text import blocks, encode
 from trainworks.tasks.base import Baseline, Processor
@@ -34,10 +34,8 @@ class CausalLM(LanguageTask):
 
     def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
         """Return blocks of `block` + 1 tokens; nothing is dropped."""
-        from datasets import Dataset
-
         cut = blocks(encode(rows[self.text], processor), self.block, end=processor.eos_token_id)
-        return Prepared(Dataset.from_dict({"input_ids": cut, "length": [len(block) - 1 for block in cut]}), {})
+        return Prepared(table({"input_ids": cut, "length": [len(block) - 1 for block in cut]}), {})
 
     def prompt(self, row: dict[str, Any]) -> int:
         """Give the first quarter of a block, 32 tokens at most."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, Strict
 
-from trainworks.data.cache import Prepared
+from trainworks.data.cache import Prepared, table
 from trainworks.data.columns import Kind, class_ids, class_names
 from trainworks.data.text import pad
 from trainworks.errors import ConfigError, DataError
@@ -78,8 +78,6 @@ class SequenceClassification(Task):
 
     def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
         """Return one sample a row; texts longer than `max_length` are cut and the tokens cut are counted."""
-        from datasets import Dataset
-
         texts = (rows[self.text][:],) if self.pair is None else (rows[self.text][:], rows[self.pair][:])
         whole = processor(*texts)["input_ids"]
         cut = [max(0, len(ids) - self.max_length) for ids in whole]
@@ -96,7 +94,7 @@ class SequenceClassification(Task):
         )
         encoded["labels"] = class_ids(rows, self.label, self.labels)
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
-        return Prepared(Dataset.from_dict(encoded), {"tokens cut": sum(cut)} if any(cut) else {})
+        return Prepared(table(encoded), {"tokens cut": sum(cut)} if any(cut) else {})
 
     def facts(self, samples: Dataset) -> dict[str, Any]:
         """Return the tokens, one counted label a row, and the rows of each class."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, Strict
 
-from trainworks.data.cache import Prepared
+from trainworks.data.cache import Prepared, table
 from trainworks.data.columns import Kind
 from trainworks.data.text import FORMATS, Conversation, conversations
 from trainworks.errors import ConfigError, DataError
@@ -70,8 +70,6 @@ class SFT(LanguageTask):
 
     def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
         """Return conversations as `input_ids` and `trained`, with the over-long ones treated as the task says."""
-        from datasets import Dataset
-
         dropped = {"too long": 0, "tokens cut": 0}
         kept: list[Conversation] = []
         for number, conversation in enumerate(conversations(rows, self.format, processor)):
@@ -84,7 +82,7 @@ class SFT(LanguageTask):
             "trained": [conversation.trained for conversation in kept],
             "length": [len(conversation.input_ids) - 1 for conversation in kept],
         }
-        return Prepared(Dataset.from_dict(columns), {reason: count for reason, count in dropped.items() if count})
+        return Prepared(table(columns), {reason: count for reason, count in dropped.items() if count})
 
     def _fit(self, conversation: Conversation, number: int, dropped: dict[str, int]) -> list[Conversation]:
         excess = len(conversation.input_ids) - self.max_length
