@@ -80,9 +80,8 @@ def usage(record: RunRecord) -> str:
 
 
 def _labels(record: RunRecord) -> list[str]:
-    """Return the class names in the order of the model's outputs, which only the resolved task knows."""
-    named = (record.config.get("task") or {}).get("labels") or ()
-    return [str(label) for label in named]
+    """Return the class names in the order of the model's outputs, as the prepared training split has them."""
+    return [label for split in record.data.splits[:1] for label in split.labels]
 
 
 def _example(record: RunRecord) -> str:

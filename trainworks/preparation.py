@@ -144,6 +144,7 @@ def assemble(
     data: PreparedData,
 ) -> Run:
     """Wrap the model for its devices, build optimizer and plan, and open the record. All ranks."""
+    task.verify(model)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class)
     facts = _model_facts(config, model)
     step = world.wrap(Step(model, task, processor))

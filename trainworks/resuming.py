@@ -25,6 +25,9 @@ def resume(run: Run) -> Run:
         )
     checkpoint = restore(run)
     step = run.progress.step
+    if checkpoint and old.environment.world_size == run.world.ranks:
+        # The same cut into micro-batches, whatever `auto` says today: it decides which random numbers dropout draws.
+        run.micro = checkpoint.state()["micro"]
     run.note(
         started=old.started,
         reports=tuple(report for report in old.reports if report.step <= step and (step > 0 or report.is_baseline)),

@@ -5,27 +5,45 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from trainworks.errors import LaunchError
 from trainworks.record import CurvePoint, EvalReport
 
 if TYPE_CHECKING:
     from trainworks.run import Run
 
-__all__ = ["Log", "read_curve"]
+__all__ = ["Log", "check_trackers", "read_curve"]
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise LaunchError for a tracker that is not installed; accelerate would leave it out without a word."""
+    for name in names:
+        if find_spec(name) is None:
+            raise LaunchError(f"trackers: {name} is not installed; `pip install 'trainworks[{name}]'`, or leave it out")
 
 
 class Log:
-    """The run's log. Every rank makes one and enters it; only the main process writes and shows anything."""
+    """The run's log. Every rank makes one and enters it; only the main process writes and shows anything.
+
+    A terminal and a notebook get a bar, with evaluations as lines above it; anything else, such as a file, gets lines
+    alone. Trackers write to the run's `trackers` folder, trackio to TRACKIO_DIR where that is set already: it reads it
+    once a process, so later runs of one notebook join the first's.
+    """
 
     def __init__(self, run: Run) -> None:
         from tqdm.auto import tqdm
 
+        check_trackers(run.config.trackers)
         self.run = run
         self.path = run.folder / "metrics.jsonl"
-        quiet = not run.world.is_main or not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        in_notebook = "ipykernel.zmqshell" in sys.modules  # what tqdm.auto asks, too
+        self.stream = sys.stdout if in_notebook else sys.stderr  # a notebook paints stderr as if something were wrong
+        quiet = not run.world.is_main or not (sys.stderr.isatty() or in_notebook)
         self.bar = tqdm(
             total=run.plan.num_steps, initial=run.progress.step, unit="step", disable=quiet, dynamic_ncols=True
         )
@@ -33,15 +51,16 @@ class Log:
 
     def __enter__(self) -> Self:
         if self.run.config.trackers:
-            self.run.world.accelerator.init_trackers("trainworks", config=_flat(self.run.record.config))
+            _start_trackers(self.run)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        if self.run.config.trackers:
-            self.run.world.accelerator.end_training()
+        # Not `end_training`, which also ends the process group that export still needs.
+        for tracker in self.run.world.accelerator.trackers:
+            tracker.finish()
 
     def step(self, point: CurvePoint) -> None:
         """Log a training step."""
@@ -69,17 +88,29 @@ class Log:
     def say(self, line: str) -> None:
         """Show a line to people, above the bar if there is one."""
         if self.run.world.is_main:
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(line, file=self.stream)
+            self.stream.flush()
 
     def _show(self, line: str) -> None:
         if self.plain:
-            print(line, file=sys.stderr, flush=True)
+            self.say(line)
 
     def _write(self, step: int, values: dict[str, float], fact: CurvePoint | EvalReport) -> None:
         if self.run.config.trackers:
             self.run.world.accelerator.log(values, step=step)
         if self.run.world.is_main:
             _append_line(self.path, {"kind": type(fact).__name__} | json.loads(fact.model_dump_json()))
+
+
+def _start_trackers(run: Run) -> None:
+    """Start them all. All ranks; accelerate lets only the main process write."""
+    os.environ.setdefault("TRACKIO_DIR", str(run.folder.absolute() / "trackers" / "trackio"))
+    trackio = {
+        "name": str(run.folder),
+        "resume": "allow" if run.progress.step else "never",
+        "embed": False,  # in a notebook it would start a web server
+    }
+    run.world.accelerator.init_trackers("trainworks", config=_flat(run.record.config), init_kwargs={"trackio": trackio})
 
 
 def _append_line(path: Path, value: dict[str, Any]) -> None:

@@ -73,6 +73,9 @@ class Task(Settings, ABC):
         """Return what the model's configuration must say for this task, such as `num_labels`."""
         return {}
 
+    def verify(self, model: PreTrainedModel) -> None:
+        """Prove on a few tokens what the task takes for granted of the model; ConfigError when it does not hold."""
+
     @abstractmethod
     def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
         """Turn rows into training sequences; a column `length`, where there is one, counts each one's tokens."""

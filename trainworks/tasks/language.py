@@ -41,6 +41,33 @@ class LanguageTask(Task, ABC):
             processor.pad_token = processor.eos_token
         return processor
 
+    def verify(self, model: PreTrainedModel) -> None:
+        """Prove that no token sees the ones after it, and that backbone and head make the model's own logits."""
+        import torch
+
+        from trainworks.models import Head, backbone
+
+        ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+        changed = ids.clone()
+        changed[0, -1] += 1
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            logits, others = model(ids).logits.float(), model(changed).logits.float()
+            ours = Head(model)(backbone(model)(ids).last_hidden_state).float()
+        model.train(training)
+        kind = type(model).__name__
+        if not torch.allclose(logits[:, :-1], others[:, :-1], rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                f"model: {kind} lets a token see the ones after it, so that predicting the next teaches nothing; take "
+                "a decoder, such as a Llama, Qwen or GPT model"
+            )
+        if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                f"model: {kind} makes its logits in a way this version does not know, and would be trained on another "
+                "loss than its own; please report the architecture"
+            )
+
     def collate(self, rows: Sequence[Row], processor: Processor, *, train: bool) -> Batch:
         """Return `input_ids` and `labels`, [rows, longest], each label being the token that follows; not learned is
         -100."""

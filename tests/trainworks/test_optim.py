@@ -1,0 +1,57 @@
+"""The learning rate is a function of the step, and decay leaves norms and biases alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from trainworks import Optim
+from trainworks.optim import build_optimizer, clip, learning_rate
+
+
+def rates(optim: Optim, number: int = 10) -> list[float]:
+    return [learning_rate(optim, step, number) for step in range(number)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [4, 0.4])
+def test_warm_up_rises_to_the_peak_and_the_rest_never_rises(schedule: str, warmup: float) -> None:
+    curve = rates(Optim(lr=2.0, schedule=schedule, warmup=warmup))
+    assert curve[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert curve[4] == 2.0
+    assert all(after <= before for before, after in itertools.pairwise(curve))
+
+
+def test_shapes_have_their_known_values() -> None:
+    assert rates(Optim(lr=1.0, schedule="linear"), 4) == [1.0, 0.75, 0.5, 0.25]
+    assert rates(Optim(lr=1.0, schedule="cosine"), 4) == pytest.approx(
+        [1.0, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4]
+    )
+    assert rates(Optim(lr=1.0, schedule="constant"), 3) == [1.0] * 3
+    assert rates(Optim(lr=1.0, schedule="linear", min_lr_ratio=0.5), 4) == [1.0, 0.875, 0.75, 0.625]
+
+
+def test_decay_is_for_matrices_only() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    module[0].weight.requires_grad_(True)
+    optimizer = build_optimizer(Optim(lr=0.1, weight_decay=0.3), module)
+    decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert [decay[id(parameter)] for parameter in module.parameters()] == [0.3, 0.0, 0.0, 0.0]
+
+
+def test_frozen_weights_are_not_optimized() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)).requires_grad_(False)
+    module[1].requires_grad_(True)
+    optimizer = build_optimizer(Optim(name="sgd", lr=0.1), module)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_clipping_returns_the_norm_before_it_and_scales_to_the_limit() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert clip([weight], 1.0).item() == 5.0
+    assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert clip([weight], math.inf).item() == pytest.approx(1.0, rel=1e-4)

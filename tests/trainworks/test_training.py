@@ -1,0 +1,147 @@
+"""`fit`: measured against baselines, evaluated without a trace, recorded, and taken up again wherever it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import finetune
+from trainworks import Every, Goal, Optim, Run, RunRecord, evaluate, read_record, train_steps
+from trainworks.checkpoint import save
+from trainworks.errors import TrainingError
+from trainworks.tasks import TASKS
+
+
+@pytest.fixture(params=sorted(TASKS))
+def task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def prepared(task: str, folder: Path, name: str = "run", **changes: Any) -> Run:
+    if not (folder / "model").exists():
+        tiny.save_model(folder / "model", task, dropout=0.1)
+        tiny.save_rows(folder / "rows.jsonl", task, 60)
+    return finetune.prepare(tiny.config(task, folder / "model", folder / "rows.jsonl", folder / name, **changes))
+
+
+def losses(record: RunRecord) -> list[tuple[int, float, float]]:
+    return [(point.step, point.loss, point.grad_norm) for point in record.curve]
+
+
+def test_a_run_is_measured_against_its_baselines(task: str, tmp_path: Path) -> None:
+    record = finetune.fit(prepared(task, tmp_path))
+    without_model = {"causal-lm": ["unigram"], "sequence-classification": ["majority class"]}.get(task, [])
+    assert [report.name for report in record.reports] == [*without_model, "untuned", "final"]
+    assert record.status == "complete"
+    assert (record.step, record.samples) == (record.steps_total, record.curve[-1].samples)
+    assert {comparison.baseline for comparison in record.comparisons} == {*without_model, "untuned"}
+    final = record.final
+    assert final is not None
+    for comparison in record.comparisons:
+        baseline = next(report for report in record.reports if report.name == comparison.baseline)
+        expected = final.metrics[comparison.metric].value - baseline.metrics[comparison.metric].value
+        assert comparison.difference.value == pytest.approx(expected)
+    assert read_record(tmp_path / "run") == record
+
+
+def test_evaluating_leaves_no_trace_in_training(task: str, tmp_path: Path) -> None:
+    plain = finetune.fit(prepared(task, tmp_path, "plain"))
+    watched = finetune.fit(prepared(task, tmp_path, "watched", every=Every(log=1, evaluate=1, save=3)))
+    assert losses(watched) == losses(plain)
+    assert len([report for report in watched.reports if not report.is_baseline]) == watched.steps_total
+
+
+def test_the_evaluation_loss_weighs_every_token_alike(task: str, tmp_path: Path) -> None:
+    run = prepared(task, tmp_path, micro=3)
+    report = evaluate(run)
+    assert run.validation is not None
+    run.step.eval()
+    rows = [run.validation.with_format("numpy")[number] for number in range(len(run.validation))]
+    batch = run.task.collate(rows, run.processor, train=False)
+    with torch.no_grad():
+        sums, counts = run.step(batch)["loss"], run.task.count(batch)["loss"]
+    assert report.metrics["loss"].value == pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-5)
+    assert report.num_examples == len(rows)
+
+
+def test_a_run_stopped_after_its_last_step_is_still_evaluated_and_ended(tmp_path: Path) -> None:
+    run = prepared("sft", tmp_path)
+    run.save_record()
+    for step in train_steps(run):
+        if step.is_last:
+            save(run)
+    record = finetune.fit(prepared("sft", tmp_path))
+    assert record.status == "complete"
+    assert record.final is not None
+    assert record.final.name == "final"
+    assert record.final.step == record.steps_total
+
+
+def test_a_resumed_record_goes_on_where_the_first_one_stopped(tmp_path: Path) -> None:
+    whole = finetune.fit(prepared("sft", tmp_path, "whole"))
+
+    class Enough(Exception):
+        pass
+
+    run = prepared("sft", tmp_path, "parts", every=Every(log=1, evaluate=2, save=2))
+    steps = 0
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise Enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainworks.training._point", _after(interrupt))
+        with pytest.raises(Enough):
+            finetune.fit(run)
+    resumed = finetune.fit(prepared("sft", tmp_path, "parts", every=Every(log=1, evaluate=2, save=2)))
+    assert resumed.resumed_at == (4,)
+    assert losses(resumed) == losses(whole)
+    assert [report.name for report in resumed.reports] == ["untuned", "step 2", "step 4", "step 6", "final"]
+    assert resumed.comparisons == whole.comparisons
+
+
+def _after(action: Any) -> Any:
+    from trainworks import training
+
+    original = training._point
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return original(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("goal", "met"), [(Goal(metric="loss", at_most=99.0), True), (Goal(metric="loss", at_most=0.1), False)]
+)
+def test_the_goal_is_judged(goal: Goal, met: bool, tmp_path: Path) -> None:
+    record = finetune.fit(prepared("sft", tmp_path, goal=goal))
+    assert record.goal is not None
+    assert record.goal.met is met
+    assert record.goal.wanted == f"<= {goal.at_most:g}"
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    run = prepared("sft", tmp_path, optim=Optim(name="sgd", lr=1e30, max_grad_norm="off"), every=Every(log=1, save=1))
+    with pytest.raises(TrainingError, match=r"step \d: the loss is (nan|inf).*lower optim.lr"):
+        finetune.fit(run)
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(saved) <= 1
+
+
+def test_the_cost_is_recorded(tmp_path: Path) -> None:
+    cost = finetune.fit(prepared("sft", tmp_path)).cost
+    assert 0 < cost.train_seconds < cost.seconds
+    assert cost.tokens_per_second is not None
+    assert cost.peak_memory_bytes is not None
+    assert cost.peak_memory_bytes > 10**7
+    assert cost.energy_joules is not None or cost.energy_source.startswith("not measured: ")
