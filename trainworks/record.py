@@ -32,6 +32,9 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
+_LEFT = 'style="text-align: left"'
+_TEXT = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
+
 
 class _Fact(BaseModel):
     """Base of everything recorded: frozen, no unknown keys; NaN and infinity are written as the strings JSON lacks
@@ -86,11 +89,23 @@ class EvalReport(_Fact):
         from html import escape
 
         rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{e.value:.4g}</td><td>{e.low:.4g} to {e.high:.4g}</td><td>{e.n}</td></tr>"
+            f"<tr><th {_LEFT}>{escape(name)}</th><td>{e.value:.4g}</td><td>{e.low:.4g} to {e.high:.4g}</td></tr>"
             for name, e in self.metrics.items()
         )
-        head = "<tr><th>metric</th><th>value</th><th>95% interval</th><th>n</th></tr>"
-        return f"<b>{escape(self.name)} on {escape(self.split)}</b><table>{head}{rows}</table>"
+        head = f"<tr><th {_LEFT}>metric</th><th>value</th><th>95% interval</th></tr>"
+        about = f"<b>{escape(self.name)}</b> on {self.num_examples:,} examples of {escape(self.split)}"
+        return f"<div>{about}<table>{head}{rows}</table>{self._samples_html()}</div>"
+
+    def _samples_html(self) -> str:
+        from html import escape
+
+        parts = ("prompt", "reference", "output")
+        head = "".join(f"<th {_LEFT}>{part}</th>" for part in parts)
+        rows = "".join(
+            "<tr>" + "".join(f"<td {_TEXT}>{escape(getattr(sample, part))}</td>" for part in parts) + "</tr>"
+            for sample in self.samples
+        )
+        return f"<table><tr>{head}</tr>{rows}</table>" if rows else ""
 
 
 class Comparison(_Fact):

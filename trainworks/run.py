@@ -159,5 +159,8 @@ class Run:
             "machine": f"{self.world.ranks} x {self.record.environment.device}",
             "output": str(self.folder),
         }
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
+        left = 'style="text-align: left"'
+        rows = "".join(
+            f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(value)}</td></tr>" for name, value in facts.items()
+        )
         return f"<table>{rows}</table>"

@@ -59,8 +59,9 @@ class Log:
     ) -> None:
         self.bar.close()
         # Not `end_training`, which also ends the process group that export still needs.
-        for tracker in self.run.world.accelerator.trackers:
-            tracker.finish()
+        trackers = self.run.world.accelerator.trackers
+        while trackers:
+            trackers.pop().finish()
 
     def step(self, point: CurvePoint) -> None:
         """Log a training step."""

@@ -84,7 +84,7 @@ def test_a_run_stopped_after_its_last_step_is_still_evaluated_and_ended(tmp_path
 def test_a_resumed_record_goes_on_where_the_first_one_stopped(tmp_path: Path) -> None:
     whole = finetune.fit(prepared("sft", tmp_path, "whole"))
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     run = prepared("sft", tmp_path, "parts", every=Every(log=1, evaluate=2, save=2))
@@ -94,11 +94,11 @@ def test_a_resumed_record_goes_on_where_the_first_one_stopped(tmp_path: Path) ->
         nonlocal steps
         steps += 1
         if steps == 5:
-            raise Enough
+            raise EnoughError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainworks.training._point", _after(interrupt))
-        with pytest.raises(Enough):
+        with pytest.raises(EnoughError):
             finetune.fit(run)
     resumed = finetune.fit(prepared("sft", tmp_path, "parts", every=Every(log=1, evaluate=2, save=2)))
     assert resumed.resumed_at == (4,)
