@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,13 +64,11 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     """Train, export, and write the card; upload when the run file asks for it."""
     follow_launcher()
     prepare = recipe()
-    import datasets
-
     import model_cards
     from trainworks.exporting import export
     from trainworks.training import fit
 
-    datasets.disable_progress_bars()
+    _quieten_libraries()
     if config.hub is not None and config.hub.push and _is_main():
         model_cards.check_access(config.hub.repo)
     run = prepare(config)
@@ -87,13 +87,25 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     return Outcome(code=EXIT_OK, reason=_ending(record))
 
 
+def _quieten_libraries() -> None:
+    """Leave out what libraries say that nobody can act on."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    # bitsandbytes 0.50 names an optional package at import; peft 0.21 asks transformers 5.23 for a renamed property.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
 def _publish(config: RunConfig[Any], record: RunRecord, folder: Path) -> None:
     import model_cards
 
     card = model_cards.build(record)
     card.save(folder)
     record.write(folder)
-    say(f"weights, record and card: {folder}")
+    say(_examples(record) + f"weights, record and card: {folder}")
     if config.hub is not None and config.hub.push:
         say(str(model_cards.publish(folder, card, repo=config.hub.repo, private=config.hub.private)))
 
@@ -115,6 +127,18 @@ def _opening(run: Run) -> str:
             f"output   {run.folder}",
         ]
     )
+
+
+def _examples(record: RunRecord) -> str:
+    """Return one worked example: what the model said before training, where that was measured, and what it says now."""
+    shown = {report.name: report.samples[0] for report in record.reports if report.samples}
+    final = shown.get("final")
+    if final is None:
+        return ""
+    lines = {"given": final.prompt, "wanted": final.reference}
+    lines |= {"before": shown["untuned"].output} if "untuned" in shown else {}
+    lines |= {"after": final.output}
+    return "".join(f"{name:<9}{' '.join(text.split())}\n" for name, text in lines.items())
 
 
 def _ending(record: RunRecord) -> str:

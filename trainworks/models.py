@@ -31,14 +31,15 @@ __all__ = [
 ]
 
 _HUB_SECONDS = 10
-END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END, TURN = "<|endoftext|>", "<|im_start|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|endoftext|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""The ChatML layout; a tokenizer trained here carries it, so that its models can be tuned on conversations."""
+"""Near ChatML, but a turn ends with the token that ends a document: a model pretrained here knows it already, and an
+adapter, which trains no embeddings, could hardly learn a new one. A tokenizer trained here carries it."""
 
 
 def check(settings: Pretrained | FromScratch) -> None:
@@ -136,7 +137,7 @@ def new_tokenizer(settings: NewTokenizer, texts: Iterable[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = [END, TURN, TURN_END]
+    special = [END, TURN]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if settings.vocab_size < len(alphabet) + len(special):
         raise ConfigError(
@@ -160,7 +161,7 @@ def new_tokenizer(settings: NewTokenizer, texts: Iterable[str]) -> Any:
         tokenizer_object=backend,
         eos_token=END,
         pad_token=END,
-        extra_special_tokens=[TURN, TURN_END],
+        extra_special_tokens=[TURN],
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -115,10 +115,15 @@ def _start_trackers(run: Run) -> None:
 
 
 def _append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON line; a crash leaves at most one broken last line, which `read_curve` steps over."""
+    """Append one JSON line; a crash leaves at most one broken line, which is ended here and stepped over by
+    `read_curve`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(value).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

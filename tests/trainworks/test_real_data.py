@@ -43,14 +43,14 @@ def test_a_small_llama_goes_on_learning_from_books(shared_data: Path, tmp_path: 
     untuned = next(report for report in record.reports if report.name == "untuned").metrics["loss"]
     final = record.final
     assert final is not None
-    assert untuned.value == pytest.approx(4.28, abs=0.1)
+    assert untuned.value == pytest.approx(3.967, abs=0.01)  # a plain loop over the same blocks
     assert final.metrics["loss"].high < 2.7
     difference = next(c.difference for c in record.comparisons if (c.metric, c.baseline) == ("loss", "untuned"))
     assert difference.high < -1.5
 
 
 def polarity(folder: Path) -> DatasetDict:
-    """Return 2,000 sentences to train on and 600 to test, drawn by a fixed seed."""
+    """Return 2,000 sentences to train on and 600 to test; logistic regression on the frozen encoder has 0.752 there."""
     rows = [
         {"text": line.strip(), "label": label}
         for label in ("neg", "pos")
@@ -66,9 +66,9 @@ def test_minilm_learns_sentiment(shared_data: Path, minilm: Path, tmp_path: Path
         task=SequenceClassification(max_length=128),
         model=Pretrained(str(minilm)),
         data=Data(source=polarity(shared_data / "sentiment_sentence_polarity"), validation=("test",)),
-        batch=Batch(per_step=32),
+        batch=Batch(per_step=16),
         budget=Budget(epochs=2.0),
-        optim=Optim(lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01),
+        optim=Optim(lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01, betas=(0.9, 0.999)),
     )
     record = finetune.fit(finetune.prepare(config))
     final = record.final

@@ -31,7 +31,7 @@ def learned(row: dict[str, Any], shape: str, tokenizer: Any = None) -> tuple[str
 def test_every_assistant_turn_is_learned_with_its_end_and_nothing_else() -> None:
     text, trained = learned({"messages": MESSAGES}, "messages")
     assert text == tiny.tokenizer().apply_chat_template(MESSAGES, tokenize=False)
-    assert trained == "sees a dog<|im_end|>\na bird<|im_end|>\n"
+    assert trained == "sees a dog<|endoftext|>a bird<|endoftext|>"
 
 
 def test_the_ids_are_those_the_template_gives_at_inference() -> None:
@@ -42,13 +42,13 @@ def test_the_ids_are_those_the_template_gives_at_inference() -> None:
 
 def test_prompt_and_instruction_rows_become_two_turns() -> None:
     text, trained = learned({"prompt": "a cat", "completion": "runs"}, "prompt-completion")
-    assert text == "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\nruns<|im_end|>\n"
-    assert trained == "runs<|im_end|>\n"
+    assert text == "<|im_start|>user\na cat<|endoftext|><|im_start|>assistant\nruns<|endoftext|>"
+    assert trained == "runs<|endoftext|>"
     row = {"instruction": "say", "input": "a dog", "output": "a dog", "system": "be nice"}
     text, trained = learned(row, "instruction")
-    assert "system\nbe nice<|im_end|>" in text
-    assert "user\nsay\n\na dog<|im_end|>" in text
-    assert trained == "a dog<|im_end|>\n"
+    assert "system\nbe nice<|endoftext|>" in text
+    assert "user\nsay\n\na dog<|endoftext|>" in text
+    assert trained == "a dog<|endoftext|>"
 
 
 @pytest.mark.parametrize(
