@@ -201,7 +201,7 @@ def _cost(record: RunRecord) -> str:
     memory, mfu, energy = spent.peak_memory_bytes, spent.mfu, spent.energy_joules
     speeds = [(spent.tokens_per_second, "tokens/s"), (spent.samples_per_second, "samples/s")]
     source = text(spent.energy_source)
-    unmeasured = "not measured" if source == "not measured" else f"not measured: {source}"
+    unmeasured = source if source.startswith("not measured") else f"not measured: {source}"
     lines = {
         "Time": f"{_duration(spent.seconds)}, of which {_duration(spent.train_seconds)} training"
         if spent.seconds

@@ -14,11 +14,13 @@ from trainworks.checkpoint import save
 
 
 def train(
-    folder: str, task: str, output: str, tuning: str = "full", micro: int = 8, stop_after: int = 0
+    folder: str, task: str, output: str, tuning: str = "full", micro: int = 8, stop_after: int = 0, epochs: float = 1.3
 ) -> dict[str, Any]:
     """Train to the end, or save and end after some steps; return the curve and a digest of the weights."""
     place = Path(folder)
-    config = tiny.config(task, place / "model", place / "rows.jsonl", Path(output), tuning=tuning, micro=micro)
+    config = tiny.config(
+        task, place / "model", place / "rows.jsonl", Path(output), tuning=tuning, micro=micro, epochs=epochs
+    )
     run = finetune.prepare(config)
     run.save_record()
     steps = []

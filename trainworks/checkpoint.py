@@ -120,9 +120,8 @@ def save(run: Run, *, best: bool = False) -> Checkpoint:
         staged.mkdir(parents=True)
     run.world.wait()
     problem = run.world.agree(lambda: _write_rank(run, staged))
-    if problem is None and run.world.is_main:
-        _publish(run, staged, final, best=best)
-    run.world.wait()
+    if problem is None:
+        problem = run.world.agree(partial(_publish, run, staged, final, best=best) if run.world.is_main else bool)
     if problem is not None:
         shutil.rmtree(staged, ignore_errors=True)
         raise CheckpointError(
@@ -174,6 +173,8 @@ def _state(run: Run) -> dict[str, Any]:
 def _prune(run: Run) -> None:
     """Remove all but the newest `every.keep`, the best, and what a person pinned by a file named `pin` inside it."""
     folder = run.folder / "checkpoints"
+    for left_by_a_crash in (*folder.glob(".step-*.removed"), *folder.glob(".step-*.staged")):
+        shutil.rmtree(left_by_a_crash)
     kept = {checkpoint.path.name for checkpoint in checkpoints(run.folder)[: run.config.every.keep]}
     for pointer in folder.glob("*.json"):
         kept.add(json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"])

@@ -81,9 +81,8 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
             reason=f"{record.status} after step {record.step} of {record.steps_total}, saved; the same command goes on",
         )
     folder = export(run)
-    if run.world.is_main:
+    if run.world.is_main:  # the others end without waiting: an upload may take longer than a collective may
         _publish(config, record, folder)
-    run.world.wait()
     return Outcome(code=EXIT_OK, reason=_ending(record))
 
 

@@ -85,7 +85,7 @@ def flops_per_token(model: PreTrainedModel, length: float) -> float:
     """
     matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     products = sum((6 if module.weight.requires_grad else 4) * module.weight.numel() for module in matrices)
-    settings: Any = model.config
+    settings: Any = model.config.get_text_config()
     width: int = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     attention: float = 6.0 * settings.num_hidden_layers * settings.num_attention_heads * width * length
     return products + attention

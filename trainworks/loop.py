@@ -44,7 +44,8 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
     limit = float("inf") if run.config.optim.max_grad_norm == "off" else run.config.optim.max_grad_norm
     run.step.train()
     for window in run.windows():
-        counts = run.world.total(_counted(run, window.batches))
+        totals = run.world.total(_counted(run, window.batches))
+        counts = {name: total.clamp(min=1) for name, total in totals.items()}
         losses = []
         for batch, is_last in zip(window.batches, _last(window.batches), strict=True):
             with run.world.accumulating(run.step, sync=is_last):
@@ -69,7 +70,7 @@ def _counted(run: Run, batches: Sequence[Batch]) -> dict[str, Tensor]:
     counts = [
         {name: (count * batch["weight"]).sum() for name, count in run.task.count(batch).items()} for batch in batches
     ]
-    return {name: torch.stack([count[name] for count in counts]).sum().clamp(min=1) for name in counts[0]}
+    return {name: torch.stack([count[name] for count in counts]).sum() for name in counts[0]}
 
 
 def _last(batches: Sequence[Batch]) -> list[bool]:

@@ -28,6 +28,7 @@ __all__ = [
     "new_tokenizer",
     "outline",
     "revision_of",
+    "vocabulary",
 ]
 
 _HUB_SECONDS = 10
@@ -273,6 +274,12 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return model
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return how many tokens a model has embeddings for."""
+    size: Any = model.get_input_embeddings().num_embeddings
+    return int(size)
 
 
 def revision_of(model: PreTrainedModel) -> str | None:

@@ -32,6 +32,7 @@ from trainworks.record import DataFacts, Environment, ModelFacts, RunRecord, Spl
 from trainworks.run import Run, Step
 from trainworks.schema import Batch, Budget, RunConfig
 from trainworks.tasks import Processor, Task
+from trainworks.tracking import check_trackers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +49,7 @@ def begin(config: Config) -> World:
     tuning.check(config.tuning)
     check_folder(config)
     models.check(config.model)
+    check_trackers(config.trackers)
     return start(
         seed=config.seed,
         deterministic=config.deterministic,
@@ -74,6 +76,10 @@ def _check_metrics(config: Config, rows: Rows, task: Task) -> None:
         raise ConfigError(f"metrics: task {task.type} makes no predictions that {config.metrics[0]} could measure")
     if config.goal is not None and rows.validation is None:
         raise ConfigError("goal: there are no rows to measure it on; name data.validation, or set data.holdout above 0")
+    if config.every.evaluate != "end" and rows.validation is None:
+        raise ConfigError(
+            "every.evaluate: there are no rows held out; name data.validation, or set data.holdout above 0"
+        )
     known = measured(task, config.metrics)
     for spec in config.metrics:
         _ = HuggingFaceMetric(spec).module
@@ -102,8 +108,9 @@ class PreparedData:
 def prepare_data(rows: Rows, task: Task, processor: Processor, world: World) -> PreparedData:
     """Turn both splits into training sequences; once per machine, kept by content. All ranks."""
     splits = {"train": rows.train} | ({} if rows.validation is None else {"validation": rows.validation})
+    tools = task.fingerprint(processor)  # before it is used: a tokenizer remembers how it was called
     with world.first_on_node():
-        parts = {name: _prepared(part, name, rows, task, processor) for name, part in splits.items()}
+        parts = {name: _prepared(part, name, rows, task, processor, tools) for name, part in splits.items()}
     facts = DataFacts(
         source=rows.source,
         subset=rows.subset,
@@ -124,9 +131,9 @@ def prepare_data(rows: Rows, task: Task, processor: Processor, world: World) -> 
     return PreparedData(parts["train"].samples, parts["validation"].samples if "validation" in parts else None, facts)
 
 
-def _prepared(part: Dataset, name: str, rows: Rows, task: Task, processor: Processor) -> Prepared:
+def _prepared(part: Dataset, name: str, rows: Rows, task: Task, processor: Processor, tools: str) -> Prepared:
     software = (version("trainworks"), version("transformers"), version("tokenizers"))
-    key = digest(rows.fingerprint, name, task.model_dump_json(), task.fingerprint(processor), *software)
+    key = digest(rows.fingerprint, name, task.model_dump_json(), tools, *software)
     try:
         return cached(key, lambda: task.prepare(part, processor))
     except DataError as error:
@@ -150,7 +157,7 @@ def assemble(
     step = world.wrap(Step(model, task, processor))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.
     torch.manual_seed(int(mix(config.seed, world.rank)) % 2**63)
-    micro = _micro(config.batch, data.train, world)
+    micro = _micro(config.batch, data.train, world, models.vocabulary(model))
     plan = _plan(config, data.train)
     record = RunRecord(
         kind=kind,
@@ -204,16 +211,19 @@ def _total(budget: Budget, batch: Batch, train: Dataset) -> int:
 
 
 _AUTO_TOKENS = {"cpu": 8_192, "cuda": 32_768}
+_AUTO_LOGITS = 2**29
+"""Most logits a device holds at once: about 16 bytes each, with their copies and gradients, so 8 GiB."""
 
 
-def _micro(batch: Batch, train: Dataset, world: World) -> int:
-    """Return the micro-batch: as asked, or what keeps the longest rows within a fixed number of tokens a device."""
+def _micro(batch: Batch, train: Dataset, world: World, vocabulary: int) -> int:
+    """Return the micro-batch: as asked, or what keeps the longest rows, and their logits, within fixed bounds."""
     share = math.ceil(batch.per_step / world.ranks)
     if isinstance(batch.micro, int):
         return min(batch.micro, share)
     sizes = lengths(train)
     longest = 1 if sizes is None else int(sizes.max())
-    return max(1, min(share, _AUTO_TOKENS.get(world.device.type, 8_192) // longest))
+    tokens = min(_AUTO_TOKENS.get(world.device.type, 8_192), _AUTO_LOGITS // vocabulary)
+    return max(1, min(share, tokens // longest))
 
 
 def _model_facts(config: Config, model: PreTrainedModel) -> ModelFacts:

@@ -234,7 +234,7 @@ class Optim(Settings):
     warmup: Annotated[int, Strict(), Field(ge=0)] | Share = 0
     """Linear warm-up: a whole number is steps, a fraction below 1 is that share of all steps."""
     weight_decay: Rate = 0.0
-    """Decoupled decay; never applied to biases and other one-dimensional weights."""
+    """Weight decay, decoupled for AdamW; never applied to biases and other one-dimensional weights."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
     eps: Annotated[float, Strict(), Field(gt=0)] = 1e-8
@@ -253,7 +253,7 @@ class Every(Settings):
     """Steps between lines of the log."""
     evaluate: Interval = "end"
     """Steps between evaluations; the last step is always evaluated."""
-    save: Interval = "end"
+    save: Interval = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: Count = 2
     """Checkpoints kept, newest first; the best one is kept besides."""

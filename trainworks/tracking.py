@@ -38,7 +38,6 @@ class Log:
     def __init__(self, run: Run) -> None:
         from tqdm.auto import tqdm
 
-        check_trackers(run.config.trackers)
         self.run = run
         self.path = run.folder / "metrics.jsonl"
         in_notebook = "ipykernel.zmqshell" in sys.modules  # what tqdm.auto asks, too

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trainworks.checkpoint import save
 from trainworks.cost import CostMeter
-from trainworks.errors import EXIT_INTERRUPTED, EvaluationError, TrainingError
+from trainworks.errors import EXIT_INTERRUPTED, TrainingError
 from trainworks.evaluation import compare_with_baselines, evaluate, evaluate_baselines, is_best
 from trainworks.loop import TrainStep, train_steps
 from trainworks.record import CurvePoint, GoalOutcome, RunRecord
@@ -40,14 +40,15 @@ def fit(run: Run) -> RunRecord:
                 log.step(_point(run, step))
             if not step.is_last and _due(every.evaluate, step):
                 with costs.paused():
+                    _checked(step)
                     log.report(evaluate(run))
                     best = is_best(run)
-            if stopped or step.is_last or _due(every.save, step):
+            if stopped or best or step.is_last or _due(every.save, step):
                 with costs.paused():
                     _checked(step)
-                    save(run, best=best)
                     run.note(cost=costs.cost())
-                    run.save_record()
+                    run.save_record()  # first: what it holds beyond the checkpoint, a resume leaves out
+                    save(run, best=best)
             if stopped and not step.is_last:
                 return _close(run, "interrupted" if stopped == EXIT_INTERRUPTED else "preempted")
         if run.validation is not None:
@@ -91,7 +92,7 @@ def _checked(step: TrainStep) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
             f"step {step.number}: the loss is {loss} and the gradient's norm {norm}; lower optim.lr, or set "
-            "optim.max_grad_norm, and start again from the last checkpoint"
+            "optim.max_grad_norm, and train again into another output folder"
         )
 
 
@@ -99,25 +100,22 @@ def _goal(run: Run) -> GoalOutcome | None:
     goal, final = run.config.goal, run.record.final
     if goal is None or final is None:
         return None
-    if goal.metric not in final.metrics:
-        raise EvaluationError(f"goal.metric: {goal.metric!r} is not measured; there are {', '.join(final.metrics)}")
     value = final.metrics[goal.metric].value
+    if goal.at_most is not None:
+        wanted, met = f"<= {goal.at_most:g}", value <= goal.at_most
     if goal.at_least is not None:
-        return GoalOutcome(metric=goal.metric, wanted=f">= {goal.at_least:g}", value=value, met=value >= goal.at_least)
-    return GoalOutcome(
-        metric=goal.metric, wanted=f"<= {goal.at_most:g}", value=value, met=value <= (goal.at_most or 0.0)
-    )
+        wanted, met = f">= {goal.at_least:g}", value >= goal.at_least
+    return GoalOutcome(metric=goal.metric, wanted=wanted, value=value, met=met)
 
 
 def _close(run: Run, status: Literal["complete", "preempted", "interrupted"]) -> RunRecord:
     """Bring the record up to date and write it."""
-    progress = run.progress
     run.note(
         status=status,
-        step=progress.step,
-        samples=progress.samples,
-        tokens=progress.tokens,
-        epochs=progress.samples / run.plan.num_samples,
+        step=run.progress.step,
+        samples=run.progress.samples,
+        tokens=run.progress.tokens,
+        epochs=run.progress.samples / run.plan.num_samples,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     run.save_record()

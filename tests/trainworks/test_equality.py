@@ -60,3 +60,20 @@ def test_the_curve_is_the_same_on_two_processes(
     assert results[0]["steps"] == results[1]["steps"]
     for expected, found in zip(whole, results[0]["steps"], strict=True):
         assert tuple(found) == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_last_step_with_fewer_samples_than_processes_counts_no_filler(tmp_path: Path) -> None:
+    task, epochs = "sequence-classification", 1.1875
+    tiny.save_model(tmp_path / "model", task)
+    tiny.save_rows(tmp_path / "rows.jsonl", task, 60)
+    run = finetune.prepare(
+        tiny.config(task, tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "one", epochs=epochs)
+    )
+    assert run.plan.size(run.plan.num_steps - 1) == 1
+    whole = [(step.loss.item(), step.grad_norm.item()) for step in train_steps(run)]
+    arguments = {"folder": str(tmp_path), "task": task, "output": str(tmp_path / "two"), "epochs": epochs}
+    results = run_ranks(f"{RANKS}:train", arguments, ranks=2)
+    assert [result["ranks"] for result in results] == [2, 2]
+    for expected, found in zip(whole, results[0]["steps"], strict=True):
+        assert tuple(found) == pytest.approx(expected, rel=TOLERANCE)

@@ -22,7 +22,7 @@ def test_warm_up_rises_to_the_peak_and_the_rest_never_rises(schedule: str, warmu
     curve = rates(Optim(lr=2.0, schedule=schedule, warmup=warmup))
     assert curve[:4] == [0.5, 1.0, 1.5, 2.0]
     assert curve[4] == 2.0
-    assert all(after <= before for before, after in itertools.pairwise(curve))
+    assert all(after <= before for before, after in itertools.pairwise(curve[4:]))
 
 
 def test_shapes_have_their_known_values() -> None:

@@ -72,6 +72,16 @@ def require_columns(rows: Dataset, wanted: Mapping[str, Kind], *, source: str) -
     if problems:
         there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
         raise DataError("\n".join([*(f"{source}: {problem}" for problem in problems), f"The columns are: {there}"]))
+    for name, kind in wanted.items():
+        if kind in ("text", "messages") and (empty := _nulls(rows, name)):
+            raise DataError(
+                f"{source}: column '{name}' is null in row {empty[0]} and {len(empty) - 1} more; leave them out"
+            )
+
+
+def _nulls(rows: Dataset, column: str) -> list[int]:
+    values = rows.with_format("arrow")[column][:]
+    return [number for number, null in enumerate(values.is_null().to_pylist()) if null] if values.null_count else []
 
 
 def _problem(name: str, kind: Kind, kinds: Mapping[str, pa.DataType], wanted: Mapping[str, Kind]) -> str:

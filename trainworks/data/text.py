@@ -101,12 +101,14 @@ def conversations(rows: Dataset, shape: str, tokenizer: Tokenizer) -> Iterator[C
     DataError names the row whose roles or texts are wrong, or whose template does not nest, so that no mask can be
     trusted.
     """
+    from jinja2 import TemplateError
+
     to_messages = FORMATS[shape][1]
     for number, row in enumerate(rows):
         try:
             messages = _checked(to_messages(row))
             yield _render(messages, tokenizer)
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:
             raise DataError(f"row {number}: {error}") from error
 
 

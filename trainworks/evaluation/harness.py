@@ -96,9 +96,10 @@ def compare_with_baselines(run: Run) -> tuple[Comparison, ...]:
 
 def is_best(run: Run) -> bool:
     """Tell whether the newest report is the best so far, by the goal's metric or else the loss."""
-    name = run.config.goal.metric if run.config.goal else "loss"
-    values = [report.metrics[name].value for report in run.record.reports if not report.is_baseline]
-    return values[-1] == (max if metrics_of(run)[name].higher_is_better else min)(values)
+    goal = run.config.goal
+    name, sign = ("loss", -1) if goal is None else (goal.metric, -1 if goal.at_least is None else 1)
+    values = [sign * report.metrics[name].value for report in run.record.reports if not report.is_baseline]
+    return all(values[-1] > earlier for earlier in values[:-1])
 
 
 def measured(task: Task, added: Iterable[str]) -> dict[str, Metric]:

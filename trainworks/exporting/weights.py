@@ -36,7 +36,10 @@ def _gathered(run: Run) -> dict[str, Tensor]:
     """Return the model's whole state on the main process, nothing on the others."""
     wanted = _adapter_only if run.tuned.adapter is not None else _everything
     whole: dict[str, Tensor] = {}
+    tied = {*(run.model.all_tied_weights_keys or ())}  # gathered copies are no longer one tensor: write the first
     for name, tensor in wanted(run).items():
+        if name in tied:
+            continue
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if run.world.is_main:
             whole[name] = value.detach().cpu()

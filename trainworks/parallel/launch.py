@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainworks.errors import LaunchError, ToolkitError
@@ -107,7 +108,7 @@ class World:
         problem = None
         try:
             action()
-        except (ToolkitError, OSError) as error:
+        except (ToolkitError, OSError, SafetensorError) as error:
             problem = str(error)
         return next((found for found in self.gather(problem) if found is not None), None)
 

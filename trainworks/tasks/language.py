@@ -125,13 +125,15 @@ class LanguageTask(Task, ABC):
         import torch
 
         ids, given = row["input_ids"], self.prompt(row)
+        # A template may close a turn with a special token of its own, and a line break after it.
+        ends = [int(token) for token in ids[given:] if token in processor.all_special_ids][-1:]
         prompt = torch.from_numpy(ids[:given].astype(np.int64))[None].to(model.device)
         said = model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max(8, min(64, len(ids) - given + 16)),
             do_sample=False,
-            eos_token_id=sorted({processor.eos_token_id, int(ids[-1])} & {*processor.all_special_ids}),
+            eos_token_id=sorted({processor.eos_token_id, *ends}),
             pad_token_id=processor.pad_token_id,
         )
         text = (
