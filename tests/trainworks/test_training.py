@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import tiny
 import torch
 
 import finetune
-from trainworks import Every, Goal, Optim, Run, RunRecord, evaluate, read_record, train_steps
+from trainworks import Data, Every, Goal, Optim, Run, RunRecord, evaluate, read_record, train_steps
 from trainworks.checkpoint import save
-from trainworks.errors import TrainingError
+from trainworks.errors import ConfigError, DataError, TrainingError
 from trainworks.tasks import TASKS
 
 
@@ -145,3 +146,35 @@ def test_the_cost_is_recorded(tmp_path: Path) -> None:
     assert cost.peak_memory_bytes is not None
     assert cost.peak_memory_bytes > 10**7
     assert cost.energy_joules is not None or cost.energy_source.startswith("not measured: ")
+
+
+def test_the_best_step_is_saved_whatever_the_interval(tmp_path: Path) -> None:
+    record = finetune.fit(prepared("sft", tmp_path, every=Every(log=1, evaluate=1, save="end", keep=1)))
+    measured = [report for report in record.reports if not report.is_baseline and report.name != "final"]
+    best = min(measured, key=lambda report: report.metrics["loss"].value)
+    folder = tmp_path / "run" / "checkpoints"
+    assert json.loads((folder / "best.json").read_text(encoding="utf-8")) == {"checkpoint": f"step-{best.step:08d}"}
+    assert (folder / f"step-{best.step:08d}" / "manifest.json").exists()
+
+
+def test_evaluating_during_training_needs_rows_to_evaluate_on(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", "sft")
+    rows = tiny.save_rows(tmp_path / "rows.jsonl", "sft", 8)
+    config = tiny.config("sft", tmp_path / "model", rows, tmp_path / "run", every=Every(evaluate=2))
+    with pytest.raises(ConfigError, match=r"every.evaluate: there are no rows held out"):
+        finetune.prepare(config.model_copy(update={"data": Data(source=str(rows), holdout=0.0)}))
+
+
+def test_a_null_text_is_named_by_its_row(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", "sft")
+    lines = [{"prompt": "a cat", "completion": "runs"}, {"prompt": "a dog", "completion": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(DataError, match="column 'completion' is null in row"):
+        finetune.prepare(tiny.config("sft", tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"))
+
+
+def test_preparing_twice_finds_what_was_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINWORKS_CACHE", str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        prepared("sequence-classification", tmp_path, name)
+        assert len(list((tmp_path / "cache" / "prepared").iterdir())) == 2
