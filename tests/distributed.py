@@ -166,6 +166,10 @@ def _main(target: str, arguments: str, result: str) -> None:
     assert worlds == ([] if ranks == 1 else [ranks]), f"wanted one world of {ranks}, joined worlds of {worlds}"
     assert AcceleratorState().is_fsdp2 == wants_fsdp, f"ran as {AcceleratorState().distributed_type}"
     Path(result).write_text(json.dumps(value), encoding="utf-8")
+    if worlds:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()  # one still open may abort the process at its exit
 
 
 if __name__ == "__main__":

@@ -74,14 +74,15 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     run = prepare(config)
     say(_opening(run))
     record = fit(run)
-    if record.status != "complete":
+    folder = export(run) if record.status == "complete" else None
+    run.world.leave()
+    if folder is None:
         code = EXIT_INTERRUPTED if record.status == "interrupted" else EXIT_PREEMPTED
         return Outcome(
             code=code,
             reason=f"{record.status} after step {record.step} of {record.steps_total}, saved; the same command goes on",
         )
-    folder = export(run)
-    if run.world.is_main:  # the others end without waiting: an upload may take longer than a collective may
+    if _is_main():
         _publish(config, record, folder)
     return Outcome(code=EXIT_OK, reason=_ending(record))
 

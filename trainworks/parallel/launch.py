@@ -119,6 +119,11 @@ class World:
         with nullcontext() if sync else self.accelerator.no_sync(module):
             yield
 
+    def leave(self) -> None:
+        """Leave the other processes; a process group still open at exit may abort the process (gloo, torch 2.13)."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module spread over the ranks as the hardware file says. All ranks."""
         if not self.accelerator.is_fsdp2:
