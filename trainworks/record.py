@@ -231,7 +231,7 @@ class RunRecord(_Fact):
 
     schema_version: int = SCHEMA_VERSION
     kind: Literal["pretrain", "finetune"]
-    status: Literal["running", "complete", "preempted", "interrupted", "failed"] = "running"
+    status: Literal["running", "complete", "preempted", "interrupted"] = "running"
     started: str
     """ISO 8601, UTC."""
     finished: str | None = None
