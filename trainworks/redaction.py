@@ -6,7 +6,7 @@ import re
 
 from trainworks.errors import Problem
 
-__all__ = ["REDACTED", "Keys", "dotted", "is_secret", "is_token", "safe_problem", "shown"]
+__all__ = ["REDACTED", "Keys", "dotted", "is_secret", "is_token", "safe_problem", "shown", "without_tokens"]
 
 FOUND_WIDTH = 80
 REDACTED = "<redacted>"
@@ -27,6 +27,11 @@ def is_token(text: str) -> bool:
     return _WHOLE_TOKEN.search(text) is not None
 
 
+def without_tokens(text: str) -> str:
+    """Return a text with what looks like an access token taken out."""
+    return _TOKEN.sub(REDACTED, text)
+
+
 def is_secret(keys: Keys) -> bool:
     """Say whether a key on the way to a value names a secret, such as `api_token` or `password`."""
     return any(_SECRET_KEY.search(str(key)) for key in keys)
@@ -34,7 +39,7 @@ def is_secret(keys: Keys) -> bool:
 
 def shown(keys: Keys, text: str) -> str:
     """Return the `text` of the value at `keys` for a message: secrets redacted, then shortened."""
-    text = REDACTED if text and (is_secret(keys) or _SECRET_PAIR.search(text)) else _TOKEN.sub(REDACTED, text)
+    text = REDACTED if text and (is_secret(keys) or _SECRET_PAIR.search(text)) else without_tokens(text)
     return text if len(text) <= FOUND_WIDTH else text[: FOUND_WIDTH - 1] + "…"
 
 
@@ -49,4 +54,4 @@ def dotted(keys: Keys) -> str:
 
 def safe_problem(where: str, keys: Keys, message: str) -> Problem:
     """Make a Problem in which no part quotes a secret."""
-    return Problem(*(_TOKEN.sub(REDACTED, text) for text in (where, shown((), dotted(keys)), message)))
+    return Problem(*(without_tokens(text) for text in (where, shown((), dotted(keys)), message)))

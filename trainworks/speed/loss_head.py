@@ -1,0 +1,94 @@
+"""The output head and its cross-entropy together, some thousand tokens at a time, so that the logits are never held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainworks.speed.cross_entropy import token_losses
+
+__all__ = ["head_losses"]
+
+_CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**26}
+"""Most bytes of float32 logits at once: large enough for a GPU's matrix products, small enough for a processor's
+cache."""
+
+Shape = Callable[[Tensor], Tensor]
+"""What the architecture does to logits after the product with the weights, element by element."""
+
+
+def head_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignored: int, shape: Shape | None = None) -> Tensor:
+    """Return -log p(label) in nats, [tokens] in float32 at least, of states [tokens, width] and head weights [vocabulary, width];
+    0 where the label is `ignored`.
+
+    Memory is that of one chunk of logits, whatever the number of tokens. The gradients are made in the forward pass,
+    while a chunk's logits are there (as in Liger kernels, Hsu et al. 2024, arXiv:2410.10989), and scaled in the
+    backward pass. So every token's loss must be weighed alike afterwards, as where a row's sum is divided by one count;
+    RuntimeError in the backward pass when they are not.
+    """
+    losses: Tensor = _HeadLosses.apply(hidden, weight, labels, ignored, shape)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int, shape: Shape | None) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        states, matrix = hidden.to(dtype), weight.to(dtype)
+        wants_states, wants_weight = ctx.needs_input_grad[:2]
+        exact = torch.promote_types(dtype, torch.float32)
+        losses = torch.zeros(len(labels), dtype=exact, device=hidden.device)
+        to_states = torch.empty_like(states) if wants_states else None
+        to_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants_weight else None
+        for part in _chunks(len(labels), len(weight), device):
+            logits = states[part] @ matrix.t()
+            if to_states is None and to_weight is None:
+                shaped = logits if shape is None else shape(_exact(logits))
+                losses[part] = token_losses(shaped, labels[part], ignored=ignored)
+                continue
+            losses[part], gradient = _chunk(logits, labels[part], ignored, shape)
+            gradient = gradient.to(dtype)
+            if to_states is not None:
+                torch.mm(gradient, matrix, out=to_states[part])
+            if to_weight is not None:
+                to_weight += gradient.t() @ states[part]
+        ctx.save_for_backward(labels != ignored, to_states, to_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        learned, to_states, to_weight = ctx.saved_tensors
+        scale = (above * learned).amax()
+        torch._assert_async(((above - scale) * learned == 0).all(), "head_losses: tokens are not weighed alike")
+        of_hidden, of_weight = ctx.dtypes
+        states = None if to_states is None else (to_states * scale).to(of_hidden)
+        matrix = None if to_weight is None else (to_weight * scale).to(of_weight)
+        return states, matrix, None, None, None
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _chunks(tokens: int, vocabulary: int, device: str) -> Iterator[slice]:
+    size = max(1, _CHUNK_BYTES[device] // (4 * vocabulary))
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def _chunk(logits: Tensor, labels: Tensor, ignored: int, shape: Shape | None) -> tuple[Tensor, Tensor]:
+    """Return the losses of a chunk [tokens] and their gradient by the product's result [tokens, vocabulary]."""
+    learned = labels != ignored
+    places = labels.where(learned, 0)[:, None]
+    back: Callable[[Tensor], tuple[Tensor]] | None = None
+    shaped = _exact(logits)
+    if shape is not None:
+        shaped, back = torch.func.vjp(shape, shaped)[:2]
+    logs = torch.log_softmax(shaped, -1)
+    losses = -logs.gather(1, places)[:, 0] * learned
+    gradient = logs.exp_().scatter_add_(1, places, -torch.ones_like(losses)[:, None]).mul_(learned[:, None])
+    return losses, gradient if back is None else back(gradient)[0]
