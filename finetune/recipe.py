@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from finetune.config import Config
 from trainworks.models import load, load_processor
-from trainworks.preparation import assemble, begin, check_model, prepare_data, read_rows
+from trainworks.preparation import assemble, begin, check_model
 from trainworks.resuming import resume
 from trainworks.run import Run
+from trainworks.samples import prepare_data, read_rows
 
 __all__ = ["prepare"]
 
@@ -18,9 +19,10 @@ def prepare(config: Config) -> Run:
     ToolkitErrors, the cheap ones first: the folder, the devices, the source and its columns, and only then the model.
     """
     world = begin(config)
-    rows, task = read_rows(config)
+    sources = read_rows(config)
+    task = sources[0].task
     processor = task.equip(load_processor(task.reads, config.model.name, config.model.revision))
     check_model(config, task, processor)
-    data = prepare_data(rows, task, processor, world)
-    model = load(config.model, task.auto_class, task.head(), processor)
+    data = prepare_data(config, sources, processor, world)
+    model = load(config.model, task.auto_class, task.head(), processor, seed=config.seed)
     return resume(assemble(config, "finetune", task=task, world=world, processor=processor, model=model, data=data))

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from model_cards.markdown import plain
-from trainworks.record import EvalReport, RunRecord
+from trainworks.record import DataFacts, EvalReport, RunRecord
 
 __all__ = [
     "base_on_hub",
@@ -36,14 +36,14 @@ def base_on_hub(record: RunRecord) -> str | None:
     return _on_hub(record.model.name, record.model.revision)
 
 
-def dataset_on_hub(record: RunRecord) -> str | None:
-    """Return the Hub name of the training data, if it has one."""
-    return _on_hub(record.data.source, record.data.revision)
+def dataset_on_hub(facts: DataFacts) -> str | None:
+    """Return the Hub name of the data, if it has one."""
+    return _on_hub(facts.source, facts.revision)
 
 
 def data_name(record: RunRecord) -> str:
     """Return what to call the data: its Hub name, or the last part of its path."""
-    return dataset_on_hub(record) or last_part(record.data.source)
+    return dataset_on_hub(record.data) or last_part(record.data.source)
 
 
 def last_part(path: str) -> str:
@@ -89,13 +89,14 @@ def _size(parameters: int) -> str:
 def head(record: RunRecord) -> dict[str, Any]:
     """Return the metadata of the run's card, in the Hub's vocabulary; what is not known is not there."""
     hub = record.config.get("hub") or {}
-    base, dataset = base_on_hub(record), dataset_on_hub(record)
+    base = base_on_hub(record)
+    known = [dataset_on_hub(facts) for facts in (record.data, *record.data.parts.values())]
     fields = {
         "library_name": "peft" if is_adapter(record) else "transformers",
         "pipeline_tag": plain(record.pipeline_tag),
         "base_model": base,
         "base_model_relation": ("adapter" if is_adapter(record) else "finetune") if base else None,
-        "datasets": [dataset] if dataset else None,
+        "datasets": list(dict.fromkeys(name for name in known if name)),
         "license": plain(hub["license"]) if hub.get("license") else None,
         "language": [plain(code) for code in hub.get("language") or ()],
         "tags": _tags(record),
@@ -123,7 +124,7 @@ def _index(record: RunRecord) -> list[dict[str, Any]] | None:
 
 
 def _dataset(record: RunRecord, split: str) -> dict[str, str]:
-    on_hub = dataset_on_hub(record)
+    on_hub = dataset_on_hub(record.data)
     named = {"type": on_hub or last_part(record.data.source), "name": data_name(record), "split": plain(split)}
     if record.data.subset:
         named["config"] = plain(record.data.subset)

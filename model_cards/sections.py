@@ -11,7 +11,7 @@ from model_cards.limits import find_limits, verdict
 from model_cards.markdown import block, count, hide_folders, link, number, plain, table, text
 from model_cards.metadata import base_on_hub, dataset_on_hub, last_part, metric_name
 from model_cards.snippets import usage
-from trainworks.record import Comparison, Estimate, EvalReport, RunRecord, Sample, SplitFacts
+from trainworks.record import Comparison, DataFacts, Estimate, EvalReport, RunRecord, Sample, SplitFacts, StageFacts
 
 __all__ = ["CURVE_FILE", "SECTIONS"]
 
@@ -83,7 +83,28 @@ def _evaluation(record: RunRecord) -> str:
     names = list(dict.fromkeys(name for report in record.reports for name in report.metrics))
     head = ["Measured", "Split", "Step", "n", *(text(_directed(record, name)) for name in names)]
     rows = [_report(report, names, newest=report is record.final) for report in record.reports]
-    return f"## Evaluation\n\nValues with 95% intervals; n is the number of examples.\n\n{table(head, rows)}"
+    parts = ["## Evaluation", "Values with 95% intervals; n is the number of examples.", table(head, rows)]
+    return "\n\n".join([*parts, *_slices(record, names)])
+
+
+def _slices(record: RunRecord, names: Sequence[str]) -> list[str]:
+    """Return the final model's table by source, where there are several."""
+    slices = record.final.slices if record.final else {}
+    if not slices:
+        return []
+    rows = [
+        [
+            text(source),
+            f"{max(value.n for value in metrics.values()):,}",
+            *(_estimate(metrics[name]) if name in metrics else "" for name in names),
+        ]
+        for source, metrics in slices.items()
+        if metrics
+    ]
+    return [
+        "The trained model on the rows of each source:",
+        table(["Source", "n", *(text(_directed(record, name)) for name in names)], rows),
+    ]
 
 
 def _directed(record: RunRecord, name: str) -> str:
@@ -116,7 +137,14 @@ def _sample(index: int, sample: Sample, before: Sample | None) -> str:
 
 
 def _data(record: RunRecord) -> str:
-    facts, on_hub = record.data, dataset_on_hub(record)
+    facts = record.data
+    apart = [part for name, each in facts.parts.items() for part in (f"### {text(name)}", *_source(each))]
+    whole = [_splits(facts.splits), _classes(facts.splits)] if apart else _source(facts)
+    return "\n\n".join(["## Training data", *(part for part in (*whole, *apart) if part)])
+
+
+def _source(facts: DataFacts) -> list[str]:
+    on_hub = dataset_on_hub(facts)
     where = link(on_hub, f"https://huggingface.co/datasets/{on_hub}") if on_hub else text(last_part(facts.source))
     kind = "Hub data set" if on_hub else "not on the Hub"
     lines = {
@@ -125,8 +153,18 @@ def _data(record: RunRecord) -> str:
         "Fingerprint": f"SHA-256 {text(facts.fingerprint)}",
         "Licence": text(facts.license) if facts.license else "not recorded by the source",
     }
-    parts = [_facts(lines), _splits(facts.splits), _classes(facts.splits)]
-    return "\n\n".join(["## Training data", *(part for part in parts if part)])
+    return [_facts(lines), _splits(facts.splits), _cleaning(facts.cleaning), _classes(facts.splits)]
+
+
+def _cleaning(stages: Sequence[StageFacts]) -> str:
+    rows = [[text(stage.name), f"{stage.rows_in:,}", f"{stage.rows_out:,}", *_told(stage)] for stage in stages]
+    return table(["Cleaning of train", "Rows in", "Rows out", "Left out", "Counted"], rows) if rows else ""
+
+
+def _told(stage: StageFacts) -> list[str]:
+    return [
+        ", ".join(f"{text(name)} {number:,}" for name, number in part.items()) for part in (stage.removed, stage.found)
+    ]
 
 
 def _splits(splits: Sequence[SplitFacts]) -> str:
@@ -161,6 +199,7 @@ def _training(record: RunRecord) -> str:
         "Tuning": text(model.tuning),
         "Trained": f"{model.num_trainable:,} of {model.num_parameters:,} parameters ({share:.3g}%)",
         "Steps": f"{record.step:,} of {record.steps_total:,}, each of {count(record.per_step, 'sample')}",
+        "Packed": str(record.packing) if record.packing else "",
         "Seen": _seen(record),
         "Precision": f"weights {text(model.dtype)}, arithmetic {_arithmetic(record)}",
         "Resumed at step": ", ".join(f"{step:,}" for step in record.resumed_at),

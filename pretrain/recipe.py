@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pretrain.config import Config
-from trainworks.models import initialise, load, load_processor, new_tokenizer
-from trainworks.preparation import assemble, begin, check_model, prepare_data, read_rows
+from trainworks.data.cache import digest
+from trainworks.errors import ConfigError
+from trainworks.models import initialise, load, load_processor
+from trainworks.preparation import assemble, begin, check_model
 from trainworks.resuming import resume
 from trainworks.run import Run
-from trainworks.schema import FromScratch, NewTokenizer, Pretrained
+from trainworks.samples import Source, prepare_data, read_rows
+from trainworks.schema import FromScratch, NewTokenizer, Pretrained, RunConfig
 from trainworks.tasks import Processor, Task
+from trainworks.tokenizer_training import trained_tokenizer
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "processor_of", "train_tokenizer"]
 
 
 def prepare(config: Config) -> Run:
@@ -22,24 +27,35 @@ def prepare(config: Config) -> Run:
     ToolkitErrors, the cheap ones first: the folder, the devices, the source and its columns, and only then the model.
     """
     world = begin(config)
-    rows, task = read_rows(config)
-    processor = task.equip(_processor(config, rows.train))
+    sources = read_rows(config)
+    task = sources[0].task
+    processor = task.equip(processor_of(config, sources))
     check_model(config, task, processor)
-    data = prepare_data(rows, task, processor, world)
+    data = prepare_data(config, sources, processor, world)
     model = _model(config, task, processor)
     return resume(assemble(config, "pretrain", task=task, world=world, processor=processor, model=model, data=data))
 
 
-def _processor(config: Config, train: Any) -> Processor:
+def processor_of(config: RunConfig[Any], sources: Sequence[Source]) -> Processor:
+    """Load what turns rows to tensors, or train the tokenizer that the configuration asks for; kept by content."""
     model, task = config.model, config.task
     if isinstance(model, Pretrained):
         return load_processor(task.reads, model.name, model.revision)
     if isinstance(model.tokenizer, NewTokenizer):
-        return new_tokenizer(model.tokenizer, train[task.text])
+        texts = (text for source in sources for text in source.rows.train[task.text])
+        return trained_tokenizer(model.tokenizer, texts, key=digest(*(source.rows.fingerprint for source in sources)))
     return load_processor(task.reads, model.tokenizer)
+
+
+def train_tokenizer(config: Config) -> Processor:
+    """Train the tokenizer that a run asks for on its training text, or find it where it was trained before; ConfigError
+    when the run takes one that is there already."""
+    if not (isinstance(config.model, FromScratch) and isinstance(config.model.tokenizer, NewTokenizer)):
+        raise ConfigError("model.tokenizer: this run takes a tokenizer that is there; {vocab_size: N} trains one")
+    return processor_of(config, read_rows(config))
 
 
 def _model(config: Config, task: Task, processor: Processor) -> Any:
     if isinstance(config.model, FromScratch):
         return initialise(config.model, task.auto_class, processor, seed=config.seed)
-    return load(config.model, task.auto_class, task.head(), processor)
+    return load(config.model, task.auto_class, task.head(), processor, seed=config.seed)

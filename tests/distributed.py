@@ -169,7 +169,11 @@ def _main(target: str, arguments: str, result: str) -> None:
     if worlds:
         import torch.distributed
 
-        torch.distributed.destroy_process_group()  # one still open may abort the process at its exit
+        torch.distributed.destroy_process_group()
+        # Even so, gloo's threads may abort a process while its interpreter winds up (torch 2.13).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

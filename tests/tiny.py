@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import finetune
-from trainworks import Batch, Budget, Data, Every, FromScratch, Full, LoRA, NewTokenizer, Optim, Pretrained
-from trainworks.models import initialise, new_tokenizer
+from trainworks import Batch, Budget, Data, Every, FromScratch, Full, LoRA, Mixture, NewTokenizer, Optim, Pretrained
+from trainworks.models import initialise
 from trainworks.tasks import TASKS
+from trainworks.tokenizer_training import new_tokenizer
 
 WORDS = "the a red green small old cat dog bird sees likes not very fast slow runs sings under over tree".split()  # noqa: SIM905
 
@@ -70,7 +71,7 @@ def save_rows(path: Path, task: str, number: int) -> Path:
 def config(
     task: str,
     model: Path,
-    data: Path,
+    data: Path | Mixture,
     output: Path,
     *,
     tuning: str = "full",
@@ -84,7 +85,7 @@ def config(
         "task": TASKS[task](**OPTIONS[task]),
         "model": Pretrained(str(model)),
         "tuning": {"full": Full(), "lora": LoRA(rank=4, dropout=0.0)}[tuning],
-        "data": Data(source=str(data), holdout=0.2),
+        "data": data if isinstance(data, Mixture) else Data(source=str(data), holdout=0.2),
         "batch": Batch(per_step=8, micro=micro),
         "budget": Budget(epochs=epochs),
         # Adam magnifies rounding where a gradient is nearly nothing (a key's bias); a larger eps keeps it out.

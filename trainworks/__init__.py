@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainworks.evaluation import evaluate
     from trainworks.exporting import export
     from trainworks.loop import TrainStep, train_steps
+    from trainworks.preview import Preview
     from trainworks.record import EvalReport, RunRecord, read_record
     from trainworks.run import Run
     from trainworks.schema import (
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
         Hub,
         Limit,
         LoRA,
+        Mixture,
         NewTokenizer,
         Optim,
+        Part,
         Pretrained,
     )
     from trainworks.tasks import SFT, CausalLM, SequenceClassification
@@ -50,9 +53,12 @@ __all__ = [
     "Hub",
     "Limit",
     "LoRA",
+    "Mixture",
     "NewTokenizer",
     "Optim",
+    "Part",
     "Pretrained",
+    "Preview",
     "Run",
     "RunRecord",
     "SequenceClassification",
@@ -76,8 +82,10 @@ _SCHEMA = (
     "Hub",
     "Limit",
     "LoRA",
+    "Mixture",
     "NewTokenizer",
     "Optim",
+    "Part",
     "Pretrained",
 )
 
@@ -87,6 +95,7 @@ __getattr__ = exports(
     **dict.fromkeys(("SFT", "CausalLM", "SequenceClassification"), "trainworks.tasks"),
     **dict.fromkeys(("EvalReport", "RunRecord", "read_record"), "trainworks.record"),
     **dict.fromkeys(("TrainStep", "train_steps"), "trainworks.loop"),
+    Preview="trainworks.preview",
     Run="trainworks.run",
     ToolkitError="trainworks.errors",
     evaluate="trainworks.evaluation",

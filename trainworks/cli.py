@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from trainworks.command import guarded, say
-from trainworks.config import json_schema
+from trainworks.config import json_schema, load
 from trainworks.errors import ConfigError
 from trainworks.record import read_outcome, read_record
+from trainworks.schema import RunConfig
 from trainworks.shipped import configs_folder
+from trainworks.yaml_document import Document, read_text
 
 __all__ = ["app", "main", "run_schema"]
 
@@ -99,6 +103,82 @@ def run_schema() -> dict[str, object]:
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in parts],
         "$defs": definitions,
     }
+
+
+@app.command("preview")
+def _preview(
+    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as task.learn=last.", metavar="KEY=VALUE")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of each source to show.")] = 3,
+) -> None:
+    """Show what a run would train on: rows as tokens, those that are learned in colour, and a table by source."""
+
+    def show() -> int:
+        settings = _run_config(config, overrides or [])
+        from trainworks.preview import Preview
+
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(Preview.of(settings, rows=rows).text(colour=colour))
+        return 0
+
+    raise typer.Exit(guarded(show))
+
+
+def _run_config(path: Path, overrides: list[str]) -> RunConfig[Any]:
+    """Read a run file of either kind: only a pretraining run can begin without a model."""
+    import finetune
+    import pretrain
+
+    document = Document()
+    document.read(read_text(path), str(path))
+    from_scratch = "architecture" in (document.section(("model",)) or ())
+    return load(path, overrides, model=pretrain.Config if from_scratch else finetune.Config)
+
+
+@app.command("prepare")
+def _prepare(
+    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as data.clean.workers=4.", metavar="KEY=VALUE")
+    ] = None,
+) -> None:
+    """Clean and tokenize a run's rows ahead of it; the same command goes on where one was killed."""
+
+    def prepare() -> int:
+        settings = _run_config(config, overrides or [])
+        from trainworks.preparing import prepare_ahead
+
+        print(prepare_ahead(settings))
+        return 0
+
+    raise typer.Exit(guarded(prepare))
+
+
+@app.command("tokenizer")
+def _tokenizer(
+    config: Annotated[Path, typer.Argument(help="A pretraining run file (YAML).")],
+    folder: Annotated[Path, typer.Argument(help="A new folder for the tokenizer.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the run file.", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Train a run's tokenizer on its training text, and write it to a folder."""
+
+    def train() -> int:
+        from pretrain.config import Config
+
+        if folder.exists():
+            raise ConfigError(f"{folder} is there already; name a new folder, for nothing is overwritten")
+        settings = load(config, overrides or [], model=Config)
+        from pretrain.recipe import train_tokenizer
+
+        tokenizer = train_tokenizer(settings)
+        with _writing(folder):
+            tokenizer.save_pretrained(folder)
+        print(f"{len(tokenizer):,} tokens: {folder}")
+        return 0
+
+    raise typer.Exit(guarded(train))
 
 
 @app.command("card")

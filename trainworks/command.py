@@ -8,14 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from trainworks.config import dump, load
 from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ToolkitError
 from trainworks.output import is_complete
-from trainworks.record import Outcome, RunRecord, write_json
+from trainworks.record import Outcome, RunRecord, read_record, write_json
 from trainworks.schema import RunConfig
 from trainworks.stopping import Stopped, follow_launcher
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["guarded", "run_command", "say"]
 
 Prepare = Callable[[Any], "Run"]
+
+_STOPPED = (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED)
 
 
 def run_command(package: str, model: type[RunConfig[Any]], recipe: Callable[[], Prepare]) -> typer.Typer:
@@ -42,9 +44,20 @@ def run_command(package: str, model: type[RunConfig[Any]], recipe: Callable[[], 
             bool, typer.Option("--print-config", help="Print the whole configuration and end.")
         ] = False,
     ) -> None:
-        raise typer.Exit(guarded(lambda: _command(config, overrides or [], print_config, model, recipe)))
+        _end(guarded(lambda: _command(config, overrides or [], print_config, model, recipe)))
 
     return app
+
+
+def _end(code: int) -> NoReturn:
+    """End the process; one of several at once, for gloo's threads may abort it while its interpreter winds up (torch
+    2.13)."""
+    if "RANK" not in os.environ:
+        raise typer.Exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _command(
@@ -117,11 +130,15 @@ def _opening(run: Run) -> str:
     left_out = "; ".join(
         f"{split.name}: {reason} {count:,}" for split in data.splits for reason, count in split.dropped.items()
     )
+    packed = [] if run.record.packing is None else [f"packed   {run.record.packing}"]
     goes_on = f", going on from step {run.progress.step}" if run.progress.step else ""
     return "\n".join(
         [
             f"model    {facts.architecture}, {count} ({facts.tuning})",
             f"data     {data.source}: {splits}" + (f" ({left_out})" if left_out else ""),
+            *([f"rows     {stated}"] if (stated := run.task.stated()) else []),
+            *(f"         rows that were left out are listed in {listing}" for listing in data.listings),
+            *packed,
             f"steps    {plan.num_steps:,} of {plan.per_step} samples, {run.world.ranks} x {run.micro} at once{goes_on}",
             f"machine  {machine.world_size} x {machine.device}, precision {machine.mixed_precision}",
             f"output   {run.folder}",
@@ -178,8 +195,14 @@ def _recorded(config: RunConfig[Any], action: Callable[[], Outcome]) -> int:
 
 
 def _write(folder: Path, outcome: Outcome) -> None:
-    if _is_main():
-        write_json(folder / "outcome.json", outcome.model_dump())
+    """Write `outcome.json`; the record of a run that was on its way and is not says so too."""
+    if not _is_main():
+        return
+    if outcome.code not in _STOPPED and (folder / "run.json").exists():
+        record = read_record(folder)
+        if record.status == "running":
+            record.model_copy(update={"status": "failed"}).write(folder)
+    write_json(folder / "outcome.json", outcome.model_dump())
 
 
 def guarded(action: Callable[[], int]) -> int:

@@ -25,6 +25,8 @@ class TrainStep:
     num_steps: int
     lr: float
     loss: Tensor
+    source_losses: Tensor
+    """The loss of each of the run's sources, [sources]; not a number where the step saw nothing of one."""
     grad_norm: Tensor
 
     @property
@@ -44,15 +46,15 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
     limit = float("inf") if run.config.optim.max_grad_norm == "off" else run.config.optim.max_grad_norm
     run.step.train()
     for window in run.windows():
-        totals = run.world.total(_counted(run, window.batches))
-        counts = {name: total.clamp(min=1) for name, total in totals.items()}
-        losses = []
-        for batch, is_last in zip(window.batches, _last(window.batches), strict=True):
-            with run.world.accumulating(run.step, sync=is_last):
+        counts = run.world.total(_by_source(run, window.batches, [run.task.count(batch) for batch in window.batches]))
+        whole = {name: count.sum().clamp(min=1) for name, count in counts.items()}
+        done = []
+        for batch in window.batches:
+            with run.world.accumulating(run.step, sync=batch is window.batches[-1]):
                 terms = run.step(batch)
-                loss = sum((terms[name] * batch["weight"]).sum() / count for name, count in counts.items())
+                loss = sum((terms[name] * batch["weight"]).sum() / count for name, count in whole.items())
                 (loss * run.world.ranks).backward()  # ranks are averaged when gradients meet
-                losses.append(loss.detach())
+                done.append({name: term.detach() for name, term in terms.items()})
         norm = clip(parameters, limit)
         lr = learning_rate(run.config.optim, run.progress.step, run.plan.num_steps)
         for group in run.optimizer.param_groups:
@@ -62,16 +64,17 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
         run.progress.step += 1
         run.progress.samples += window.samples
         run.progress.tokens += window.tokens
-        total = run.world.total({"loss": torch.stack(losses).sum()})["loss"]
-        yield TrainStep(run.progress.step, run.plan.num_steps, lr, total, norm)
+        sums = run.world.total(_by_source(run, window.batches, done))
+        total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()
+        apart = torch.stack([sums[name] / count for name, count in counts.items()]).sum(0)
+        yield TrainStep(run.progress.step, run.plan.num_steps, lr, total, apart, norm)
 
 
-def _counted(run: Run, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    counts = [
-        {name: (count * batch["weight"]).sum() for name, count in run.task.count(batch).items()} for batch in batches
-    ]
-    return {name: torch.stack([count[name] for count in counts]).sum() for name in counts[0]}
-
-
-def _last(batches: Sequence[Batch]) -> list[bool]:
-    return [False] * (len(batches) - 1) + [True]
+def _by_source(run: Run, batches: Sequence[Batch], values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up, by name, what the rows of each source have: [sources]."""
+    numbers = torch.arange(len(run.sources), device=run.world.device)
+    rows = [(batch["source"][:, None] == numbers) * batch["weight"][:, None] for batch in batches]
+    return {
+        name: torch.stack([part[name].float() @ own for part, own in zip(values, rows, strict=True)]).sum(0)
+        for name in values[0]
+    }

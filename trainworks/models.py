@@ -4,15 +4,16 @@ head."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainworks.data.cache import digest
 from trainworks.errors import AccessError, ConfigError, Problem, nearest
-from trainworks.schema import FromScratch, NewTokenizer, Pretrained
+from trainworks.schema import FromScratch, Pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,25 +23,16 @@ __all__ = [
     "Head",
     "backbone",
     "check",
+    "fingerprint",
     "initialise",
     "load",
     "load_processor",
-    "new_tokenizer",
     "outline",
     "revision_of",
     "vocabulary",
 ]
 
 _HUB_SECONDS = 10
-END, TURN = "<|endoftext|>", "<|im_start|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|endoftext|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""Near ChatML, but a turn ends with the token that ends a document: a model pretrained here knows it already, and an
-adapter, which trains no embeddings, could hardly learn a new one. A tokenizer trained here carries it."""
 
 
 def check(settings: Pretrained | FromScratch) -> None:
@@ -132,43 +124,6 @@ def load_processor(kind: str, name: str, revision: str = "main") -> Any:
     return _reaching(name, f"the {kind.replace('_', ' ')}", read)
 
 
-def new_tokenizer(settings: NewTokenizer, texts: Iterable[str]) -> Any:
-    """Train a byte-level BPE tokenizer (Sennrich et al. 2016, over bytes as in GPT-2) with a chat template.
-    Deterministic."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = [END, TURN]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if settings.vocab_size < len(alphabet) + len(special):
-        raise ConfigError(
-            f"model.tokenizer.vocab_size: {settings.vocab_size}; a byte-level tokenizer needs at least "
-            f"{len(alphabet) + len(special)}"
-        )
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=settings.vocab_size,
-            min_frequency=settings.min_frequency,
-            special_tokens=special,
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=END,
-        pad_token=END,
-        extra_special_tokens=[TURN],
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
 def outline(
     settings: Pretrained | FromScratch, auto_class: str, head: dict[str, Any], processor: Any
 ) -> PreTrainedModel:
@@ -185,7 +140,10 @@ def outline(
         model: PreTrainedModel = auto.from_config(config)
     embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(processor) > embeddings:
-        raise ConfigError(f"model: the tokenizer has {len(processor)} tokens, the model {embeddings} embeddings")
+        raise ConfigError(
+            f"model: the tokenizer has {len(processor)} tokens, the model {embeddings} embeddings; take the model's "
+            "own tokenizer, or resize its embeddings beforehand (model.resize_token_embeddings)"
+        )
     return model
 
 
@@ -252,8 +210,10 @@ _CONFIGURE: dict[type, Callable[[Any, dict[str, Any], Any], PretrainedConfig]] =
 }
 
 
-def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor: Any) -> PreTrainedModel:
-    """Load weights by Hub name or folder for the task's Auto class; `head` goes into the model's configuration.
+def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor: Any, *, seed: int) -> PreTrainedModel:
+    """Load weights by Hub name or folder for the task's Auto class.
+
+    `head` goes into the model's configuration, and weights that are not there are drawn from `seed`.
 
     Only safetensors are read and no code of the model's repository runs.
     """
@@ -270,6 +230,7 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
             **head,
         )
 
+    torch.manual_seed(seed)
     model: PreTrainedModel = _reaching(settings.name, "the weights", read)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
@@ -286,6 +247,22 @@ def revision_of(model: PreTrainedModel) -> str | None:
     """Return the Hub commit the weights came from, or None for a local folder or new weights."""
     commit: str | None = getattr(model.config, "_commit_hash", None)
     return commit
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a SHA-256 over names, shapes, types and contents of a model's weights, hashed on all cores."""
+    import hashlib
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    def hashed(named: tuple[str, Tensor]) -> str:
+        name, tensor = named
+        content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content).hexdigest()}"
+
+    with ThreadPoolExecutor() as threads:  # hashlib lets other threads run meanwhile
+        return digest(*threads.map(hashed, sorted(model.state_dict().items())))
 
 
 def _reaching(name: str, part: str, read: Callable[[], Any]) -> Any:
@@ -386,7 +363,30 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return logits [..., vocabulary] of states [..., width]."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        for name, apply in _SCALES.items():
-            amount = getattr(self.model.config, name, None)
-            logits = logits if amount is None else apply(logits, amount)
+        return self._shaped(logits)
+
+    def losses(self, hidden: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
+        """Return -log p(label) in nats, [tokens], of states [tokens, width]; 0 where the label is `ignored`.
+
+        A plain product with weights is done a chunk at a time, and its tokens' losses must be weighed alike afterwards
+        (see `head_losses`); anything else, such as an adapter on the head, makes all its logits first.
+        """
+        from torch import nn
+
+        from trainworks.speed.cross_entropy import token_losses
+        from trainworks.speed.loss_head import head_losses
+
+        layer = self.model.get_output_embeddings()
+        if type(layer) is nn.Linear and [name for name, _ in layer.named_parameters()] == ["weight"]:
+            shape = self._shaped if self._amounts() else None
+            return head_losses(hidden, layer.weight, labels, ignored=ignored, shape=shape)
+        return token_losses(self(hidden), labels, ignored=ignored)
+
+    def _amounts(self) -> dict[str, float]:
+        amounts = {name: getattr(self.model.config, name, None) for name in _SCALES}
+        return {name: amount for name, amount in amounts.items() if amount is not None}
+
+    def _shaped(self, logits: Tensor) -> Tensor:
+        for name, amount in self._amounts().items():
+            logits = _SCALES[name](logits, amount)
         return logits

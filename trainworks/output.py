@@ -15,7 +15,7 @@ __all__ = ["check_folder", "is_complete"]
 
 Config = RunConfig[Any]
 
-_CHANGEABLE = ("about", "every", "trackers", "hub", "goal", "data.workers", "batch.micro")
+_CHANGEABLE = ("about", "every", "trackers", "hub", "goal", "data.workers", "data.prepare_workers", "batch.micro")
 """Keys that may differ when a run is continued: they do not touch what is learned."""
 
 

@@ -22,9 +22,11 @@ __all__ = [
     "GoalOutcome",
     "ModelFacts",
     "Outcome",
+    "PackingFacts",
     "RunRecord",
     "Sample",
     "SplitFacts",
+    "StageFacts",
     "read_outcome",
     "read_record",
     "write_json",
@@ -78,6 +80,8 @@ class EvalReport(_Fact):
     num_examples: int
     metrics: dict[str, Estimate]
     """By metric name; `loss` (nats per counted unit) is there for every model, not for every baseline."""
+    slices: dict[str, dict[str, Estimate]] = {}
+    """The metrics on the rows of each source, where there are several."""
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
 
@@ -128,6 +132,8 @@ class CurvePoint(_Fact):
     grad_norm: float
     seconds: float
     """Wall seconds of training since the run began, over all its resumed parts."""
+    source_losses: dict[str, float] = {}
+    """The step's loss on the rows of each source, where there are several."""
 
 
 class SplitFacts(_Fact):
@@ -147,6 +153,19 @@ class SplitFacts(_Fact):
     """Rows per class, for classification."""
 
 
+class StageFacts(_Fact):
+    """What a cleaning stage did to the training rows."""
+
+    name: str
+    """Its key in `data.clean`."""
+    rows_in: int
+    rows_out: int
+    removed: dict[str, int] = {}
+    """Rows left out, by reason."""
+    found: dict[str, int] = {}
+    """What was counted on the way."""
+
+
 class DataFacts(_Fact):
     """Where the data came from."""
 
@@ -156,8 +175,31 @@ class DataFacts(_Fact):
     """The commit, for a Hub data set."""
     fingerprint: str
     """SHA-256 over the rows that were read."""
+    processor: str
+    """SHA-256 over what turned rows to samples: vocabulary, template, special tokens."""
     license: str | None = None
+    listings: tuple[str, ...] = ()
+    """Files that list the bad rows that were left out, where that was asked for."""
+    cleaning: tuple[StageFacts, ...] = ()
+    """The stages the training rows went through, in order; of several sources, each in `parts`."""
     splits: tuple[SplitFacts, ...]
+    parts: dict[str, DataFacts] = {}
+    """The sources by name, where there are several; the rest then speaks of all together."""
+
+
+class PackingFacts(_Fact):
+    """How the training rows were put together to samples."""
+
+    size: int
+    """Most tokens a sample holds."""
+    rows: int
+    samples: int
+    utilisation: float
+    """Tokens of all rows over size x samples."""
+
+    def __str__(self) -> str:
+        into = f"{self.samples:,} samples of {self.size:,} tokens"
+        return f"{self.rows:,} rows into {into}, {100 * self.utilisation:.1f}% full"
 
 
 class ModelFacts(_Fact):
@@ -166,6 +208,8 @@ class ModelFacts(_Fact):
     name: str | None
     """Hub name or folder of the weights it began from; None when from scratch."""
     revision: str | None = None
+    fingerprint: str
+    """SHA-256 over the weights as they were before training."""
     architecture: str
     """The model's class, such as `LlamaForCausalLM`."""
     num_parameters: int
@@ -231,7 +275,7 @@ class RunRecord(_Fact):
 
     schema_version: int = SCHEMA_VERSION
     kind: Literal["pretrain", "finetune"]
-    status: Literal["running", "complete", "preempted", "interrupted"] = "running"
+    status: Literal["running", "complete", "preempted", "interrupted", "failed"] = "running"
     started: str
     """ISO 8601, UTC."""
     finished: str | None = None
@@ -248,6 +292,8 @@ class RunRecord(_Fact):
     per_step: int
     """Samples per optimizer step over all processes."""
     micro: int
+    packing: PackingFacts | None = None
+    """None where every row is a sample of its own."""
     steps_total: int
     step: int = 0
     samples: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainworks.checkpoint import restore
 from trainworks.errors import ConfigError
 from trainworks.evaluation import read_statistics
-from trainworks.record import read_record
+from trainworks.record import RunRecord, read_record
 from trainworks.run import Run
 from trainworks.tracking import read_curve
 
@@ -18,11 +18,7 @@ def resume(run: Run) -> Run:
     if not (run.folder / "run.json").exists():
         return run
     old = read_record(run.folder)
-    if old.data.fingerprint != run.record.data.fingerprint:
-        raise ConfigError(
-            f"output: {run.folder} holds a run on other rows than data.source has now (their fingerprints differ); "
-            "name another folder"
-        )
+    _check_same(run, old)
     checkpoint = restore(run)
     step = run.progress.step
     if checkpoint and old.environment.world_size == run.world.ranks:
@@ -42,6 +38,18 @@ def resume(run: Run) -> Run:
     )
     read_statistics(run)
     return run
+
+
+def _check_same(run: Run, old: RunRecord) -> None:
+    """Refuse rows, tokens or weights that are not what the run began with, though their names are the same."""
+    now, kind = run.record, "other {} than {} has now (their fingerprints differ)"
+    compared = {
+        kind.format("rows", "data.source"): (old.data.fingerprint, now.data.fingerprint),
+        kind.format("tokens", "the processor"): (old.data.processor, now.data.processor),
+        kind.format("weights", "model"): (old.model.fingerprint, now.model.fingerprint),
+    }
+    if changed := [what for what, (before, here) in compared.items() if before != here]:
+        raise ConfigError(f"output: {run.folder} holds a run on {'; on '.join(changed)}; name another folder")
 
 
 def _moved(ranks: int, run: Run) -> list[str]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from trainworks.data.loading import Batch, Window, evaluation_batches, windows
+from trainworks.data.loading import Batch, Samples, Window, evaluation_batches, windows
 from trainworks.data.order import Plan
+from trainworks.data.packing import Packs
 from trainworks.record import EvalReport, RunRecord
 from trainworks.tasks import Processor, Task
 
@@ -84,6 +85,9 @@ class Run:
     processor: Processor
     optimizer: Optimizer
     train: Dataset
+    """The prepared rows."""
+    packs: Packs
+    """Which of them make one training sample."""
     validation: Dataset | None
     plan: Plan
     micro: int
@@ -98,6 +102,16 @@ class Run:
         return self.tuned.model
 
     @property
+    def samples(self) -> Samples:
+        """What is trained on."""
+        return Samples(self.train, self.packs)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the sources its rows come from."""
+        return tuple(self.config.data.readings())
+
+    @property
     def folder(self) -> Path:
         """The run's output folder."""
         return Path(self.config.output)
@@ -106,7 +120,7 @@ class Run:
         """Yield the optimizer steps still to do, each as this rank's micro-batches on its device."""
         collate = partial(self.task.collate, processor=self.processor, train=True)
         todo = windows(
-            self.train,
+            self.samples,
             self.plan,
             collate,
             start=self.progress.step,
@@ -154,7 +168,7 @@ class Run:
         facts = {
             "run": f"{self.record.kind}: {self.task.pipeline_tag}",
             "model": f"{model.architecture}, {model.num_parameters:,} parameters, {model.num_trainable:,} trained",
-            "data": f"{self.record.data.source}: {len(self.train):,} samples, {held_out:,} held out",
+            "data": f"{self.record.data.source}: {self.plan.num_samples:,} samples, {held_out:,} held out",
             "steps": f"{self.progress.step:,} of {self.plan.num_steps:,}, {self.plan.per_step} samples each",
             "machine": f"{self.world.ranks} x {self.record.environment.device}",
             "output": str(self.folder),

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from trainworks.cleaning import Clean
 from trainworks.config import Settings
 
 __all__ = [
@@ -34,10 +35,14 @@ __all__ = [
     "Hub",
     "Limit",
     "LoRA",
+    "Mixture",
     "NewTokenizer",
     "Optim",
+    "Part",
     "Pretrained",
+    "Reading",
     "RunConfig",
+    "Workers",
 ]
 
 Count = Annotated[int, Strict(), Field(gt=0)]
@@ -169,8 +174,8 @@ class Limit(Settings):
     """Rows to evaluate on; all when absent."""
 
 
-class Data(Settings):
-    """Where the rows come from. Nothing of a source is executed: scripts on the Hub are refused."""
+class Reading(Settings):
+    """Rows of one source: which, and how they are read."""
 
     source: Source
     """A Hub name, a file or folder (jsonl, json, csv, tsv, parquet, txt, arrow), `python-docs`, or a Dataset in
@@ -189,17 +194,80 @@ class Data(Settings):
     """Rename columns before the task sees them: {task's name: source's name}."""
     limit: Limit = Limit()
     """Use fewer rows."""
+    bad_rows: Literal["error", "skip", "quarantine"] = "error"
+    """What rows that cannot be used do: end the run, be left out and counted, or be listed in the cache besides."""
+    clean: Clean | None = None
+    """What the training rows go through before they are used; `trainworks prepare` does it ahead of the run."""
+
+
+class Workers(Settings):
+    """The processes that data is given."""
+
+    prepare_workers: Count | Literal["auto"] = "auto"
+    """Processes that turn rows to samples before training; auto is one a core. What they make does not depend on it."""
     workers: Annotated[int, Strict(), Field(ge=0)] = 0
     """Processes that collate batches ahead of the model; 0 collates in the training process."""
+
+
+class Data(Workers, Reading):
+    """Where the rows come from, when that is one place. Nothing of a source is executed: scripts on the Hub are
+    refused."""
+
+    def readings(self) -> dict[str, Reading]:
+        """Return the one source, by its name."""
+        return {_describe_source(self.source): self}
+
+
+class Part(Reading):
+    """One source of a mixture, and its share."""
+
+    weight: Annotated[float, Strict(), Field(gt=0)] | None = None
+    """Its share of the whole beside the others' weights; every source has one, or none has."""
+    epochs: Annotated[float, Strict(), Field(gt=0)] | Literal["any"] = "any"
+    """How often it may be passed over; after that the others share what is left."""
+
+
+class Mixture(Workers):
+    """Rows from several sources, each with its share, kept at every moment of the run."""
+
+    sources: Annotated[dict[Name, Part], Field(min_length=1)]
+    """By a name of your choice, which the record and the card use."""
+    shares: Literal["tokens", "rows"] = "tokens"
+    """What weights are shares of."""
+    temperature: Annotated[float, Strict(), Field(ge=1)] = 1.0
+    """Without weights, a source's share is its size to the power 1 / temperature: 1 keeps the proportions, more evens
+    them out (Arivazhagan et al. 2019)."""
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Self:
+        without = [name for name, part in self.sources.items() if part.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(f"give every source a weight, or none: {', '.join(without)} has none")
+        if self.temperature != 1 and not without:
+            raise ValueError("temperature does nothing beside weights; leave one of them out")
+        return self
+
+    def readings(self) -> dict[str, Reading]:
+        """Return every source, by its name."""
+        return dict(self.sources)
+
+
+def _data_kind(value: Any) -> str:
+    return "mixture" if isinstance(value, Mixture) or (isinstance(value, dict) and "sources" in value) else "one"
+
+
+AnyData = Annotated[Annotated[Data, Tag("one")] | Annotated[Mixture, Tag("mixture")], Discriminator(_data_kind)]
 
 
 class Batch(Settings):
     """How many samples an optimizer step sees. It does not change with the number of devices."""
 
     per_step: Count
-    """Samples per optimizer step, over all processes."""
+    """Samples per optimizer step, over all processes; packed ones, where rows are packed."""
     micro: Count | Literal["auto"] = "auto"
     """Samples a process holds at once; the loss does not depend on it."""
+    pack: Count | Literal["off"] = "off"
+    """Tokens per packed sample: whole rows are put together, kept apart from one another. Evaluation is not packed."""
 
 
 class Budget(Settings):
@@ -224,7 +292,7 @@ class Optim(Settings):
     """The optimizer, its schedule and gradient clipping."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or SGD with momentum betas[0]."""
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or SGD with momentum betas[0] (betas[1] unused)."""
     lr: Annotated[float, Strict(), Field(gt=0)]
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
@@ -241,6 +309,12 @@ class Optim(Settings):
     """AdamW's denominator offset."""
     max_grad_norm: Annotated[float, Strict(), Field(gt=0)] | Literal["off"] = 1.0
     """Clip the global gradient norm to this."""
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.name == "sgd" and "eps" in self.model_fields_set:
+            raise ValueError("eps does nothing for sgd; leave it out")
+        return self
 
 
 Interval = Count | Literal["end"]
@@ -315,8 +389,8 @@ class RunConfig(Settings, Generic[TaskT]):
     """Where the weights come from."""
     tuning: Tuning = Full()
     """Which weights are trained."""
-    data: Data
-    """Where the rows come from."""
+    data: AnyData
+    """Where the rows come from: one source, or several under `sources`."""
     batch: Batch
     """Samples per step."""
     budget: Budget

@@ -9,9 +9,9 @@ from typing import Literal
 from trainworks.checkpoint import save
 from trainworks.cost import CostMeter
 from trainworks.errors import EXIT_INTERRUPTED, TrainingError
-from trainworks.evaluation import compare_with_baselines, evaluate, evaluate_baselines, is_best
+from trainworks.evaluation import compare_with_baselines, evaluate, evaluate_baselines, goal_outcome, is_best
 from trainworks.loop import TrainStep, train_steps
-from trainworks.record import CurvePoint, GoalOutcome, RunRecord
+from trainworks.record import CurvePoint, RunRecord
 from trainworks.run import Run
 from trainworks.schema import Count, Pretrained
 from trainworks.stopping import Stop
@@ -54,7 +54,7 @@ def fit(run: Run) -> RunRecord:
         if run.validation is not None:
             with costs.paused():
                 log.report(evaluate(run, "final"))
-            run.note(comparisons=compare_with_baselines(run), goal=_goal(run))
+            run.note(comparisons=compare_with_baselines(run), goal=goal_outcome(run))
         run.note(cost=costs.cost())
     return _close(run, "complete")
 
@@ -83,7 +83,13 @@ def _point(run: Run, step: TrainStep) -> CurvePoint:
         lr=step.lr,
         grad_norm=step.grad_norm.item(),
         seconds=run.progress.seconds,
+        source_losses=_apart(run, step),
     )
+
+
+def _apart(run: Run, step: TrainStep) -> dict[str, float]:
+    losses = zip(run.sources, step.source_losses.tolist(), strict=True)
+    return {name: loss for name, loss in losses if math.isfinite(loss)} if len(run.sources) > 1 else {}
 
 
 def _checked(step: TrainStep) -> None:
@@ -94,18 +100,6 @@ def _checked(step: TrainStep) -> None:
             f"step {step.number}: the loss is {loss} and the gradient's norm {norm}; lower optim.lr, or set "
             "optim.max_grad_norm, and train again into another output folder"
         )
-
-
-def _goal(run: Run) -> GoalOutcome | None:
-    goal, final = run.config.goal, run.record.final
-    if goal is None or final is None:
-        return None
-    value = final.metrics[goal.metric].value
-    if goal.at_most is not None:
-        wanted, met = f"<= {goal.at_most:g}", value <= goal.at_most
-    if goal.at_least is not None:
-        wanted, met = f">= {goal.at_least:g}", value >= goal.at_least
-    return GoalOutcome(metric=goal.metric, wanted=wanted, value=value, met=met)
 
 
 def _close(run: Run, status: Literal["complete", "preempted", "interrupted"]) -> RunRecord:

@@ -105,6 +105,7 @@ def pretrained() -> RunRecord:
         data=DataFacts(
             source="/home/me/texts/manual",
             fingerprint="9f" * 32,
+            processor="7c" * 32,
             splits=(
                 SplitFacts(
                     name="train", rows=2600, samples=3300, tokens=844_800, counted=841_500, dropped={"empty": 9}
@@ -114,6 +115,7 @@ def pretrained() -> RunRecord:
         ),
         model=ModelFacts(
             name=None,
+            fingerprint="3e" * 32,
             architecture="LlamaForCausalLM",
             num_parameters=1_180_000,
             num_trainable=1_180_000,
@@ -198,6 +200,7 @@ def finetuned() -> RunRecord:
             source="stanfordnlp/sst2",
             revision="8d51e7e4887a4caaa95b3fbebbf53c0490b58bbb",
             fingerprint="ab" * 32,
+            processor="7c" * 32,
             license="unknown",
             splits=(
                 SplitFacts(
@@ -216,6 +219,7 @@ def finetuned() -> RunRecord:
         model=ModelFacts(
             name="distilbert/distilbert-base-uncased",
             revision=COMMIT,
+            fingerprint="3e" * 32,
             architecture="DistilBertForSequenceClassification",
             num_parameters=67_900_000,
             num_trainable=1_250_000,

@@ -42,6 +42,25 @@ def poison(value: Any) -> Any:
     return [poison(inner) for inner in value] if isinstance(value, list) else value
 
 
+def test_a_mixture_shows_every_source_and_what_the_model_scores_on_it(
+    pretrained: RunRecord, finetuned: RunRecord
+) -> None:
+    final = pretrained.final
+    assert final is not None
+    slices = {"manual": {"loss": final.metrics["loss"]}, "reviews": {"loss": final.metrics["loss"]}}
+    reports = (*pretrained.reports[:-1], final.model_copy(update={"slices": slices}))
+    parts = {"manual": pretrained.data, "reviews": finetuned.data}
+    data = pretrained.data.model_copy(update={"source": "manual + reviews", "parts": parts})
+    card = model_cards.build(changed(pretrained, data=data, reports=reports))
+    text = str(card)
+    assert card.metadata["datasets"] == ["stanfordnlp/sst2"]
+    assert "The trained model on the rows of each source" in text
+    assert re.search(r"\| reviews \| \d", text)
+    assert text.index("### manual") < text.index("### reviews")
+    assert finetuned.data.fingerprint in text
+    assert "/home/me" not in text
+
+
 def test_metadata_of_an_adapter_names_all_that_the_hub_links(finetuned: RunRecord) -> None:
     metadata = model_cards.build(finetuned).metadata
     assert metadata["library_name"] == "peft"

@@ -72,8 +72,10 @@ def run(tmp_path: Path) -> Path:
         },
         task="sft",
         pipeline_tag="text-generation",
-        data=DataFacts(source="rows.jsonl", fingerprint="0" * 64, splits=(split,)),
-        model=ModelFacts(name="someone/llama", revision="a" * 40, tuning="full", dtype="float32", **facts),
+        data=DataFacts(source="rows.jsonl", fingerprint="0" * 64, processor="1" * 64, splits=(split,)),
+        model=ModelFacts(
+            name="someone/llama", revision="a" * 40, fingerprint="2" * 64, tuning="full", dtype="float32", **facts
+        ),
         environment=Environment(
             python="3.11.0",
             platform="Linux",

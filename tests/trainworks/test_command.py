@@ -181,9 +181,9 @@ MISTAKES: dict[str, tuple[str, list[str], int, str]] = {
     "empty data file": ("sft", ["data.source=empty.jsonl"], 2, r"empty\.jsonl: the file is empty"),
     "no column": ("classification", ["task.text=sentence"], 2, r"no column 'sentence'.*data\.columns"),
     "no shape": ("sft", ["data.source=unnamed.jsonl"], 2, r"no known shape of conversation.*question, answer"),
-    "label": ("classification", ["task.labels=[good,bad]"], 2, r"'so-so'.*the classes are: good, bad"),
-    "role": ("sft", ["data.source=roles.jsonl"], 2, r"row \d+: turn 0: role 'robot'; allowed: system, user"),
-    "nothing said": ("sft", ["data.source=mute.jsonl"], 2, r"row \d+: no assistant turn"),
+    "label": ("classification", ["task.labels=[good,bad]"], 2, r"'so-so'.*the 2 classes are: good, bad"),
+    "role": ("sft", ["data.source=roles.jsonl"], 2, r"jsonl:1: row 0 .*turn 0: role 'robot'.*allowed: system, dev"),
+    "nothing said": ("sft", ["data.source=mute.jsonl"], 2, r"rows 0, 1, 2: nothing to learn"),
     "too long": ("sft", ["data.source=long.jsonl"], 2, r"row \d+: \d+ tokens, task\.max_length is 128.*too_long"),
     "no held-out rows": ("sft", ["data.holdout=0", "goal={metric: loss, at_most: 9}"], 2, r"goal.*no rows"),
     "another folder's files": ("sft", ["output=full"], 2, r"output: full holds files that are not a run's"),
@@ -411,6 +411,12 @@ def test_a_folder_with_another_run_is_left_as_it_is(command: Command, tmp_path: 
     ended = command("sft", output)
     assert (ended.code, "this run is complete" in ended.said) == (0, True)
     assert files(tmp_path) == before
+
+
+def test_the_record_of_a_run_that_failed_says_so(command: Command, tmp_path: Path) -> None:
+    ended = command("sft", f"output={tmp_path / 'run'}", "optim={name: sgd, lr: 1e30, max_grad_norm: off}")
+    assert (ended.code, "the loss is" in ended.said) == (2, True), ended.said
+    assert (read_record(tmp_path / "run").status, read_outcome(tmp_path / "run").code) == ("failed", 2)
 
 
 def test_a_run_that_was_trained_but_not_exported_goes_on(

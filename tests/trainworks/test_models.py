@@ -52,8 +52,9 @@ def test_backbone_and_head_make_the_models_own_loss(architecture: str) -> None:
     task = CausalLM(block=16)
     task.verify(made)
     ids = torch.randint(97, (3, 17), generator=torch.Generator().manual_seed(1))
+    batch = task.collate([{"input_ids": row.numpy()} for row in ids], tiny.tokenizer(), train=True)
     with torch.no_grad():
-        ours = task.loss(made, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]})["loss"].sum() / (3 * 16)
+        ours = task.loss(made, batch)["loss"].sum() / (3 * 16)
         theirs = torch.nn.functional.cross_entropy(made(ids[:, :-1]).logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 

@@ -13,7 +13,7 @@ import tiny
 from distributed import run_ranks
 
 import finetune
-from trainworks import Every, Run, train_steps
+from trainworks import Every, Run, read_record, train_steps
 from trainworks.checkpoint import checkpoints, save
 from trainworks.errors import CheckpointError, ConfigError
 from trainworks.tasks import TASKS
@@ -166,10 +166,24 @@ def test_old_checkpoints_are_pruned_but_the_best_and_the_pinned_stay(tmp_path: P
     assert pointer == {"checkpoint": "step-00000002"}
 
 
-def test_a_checkpoint_of_another_model_is_refused(stopped: Path) -> None:
+def test_weights_that_changed_under_the_same_name_are_refused(stopped: Path) -> None:
     shutil.rmtree(stopped / "model")
     tiny.save_model(stopped / "model", "causal-lm", tied=True)
-    config = json.loads((stopped / "model" / "config.json").read_text(encoding="utf-8"))
-    assert config["tie_word_embeddings"]
+    with pytest.raises(ConfigError, match=r"other weights than model has now"):
+        prepared(stopped, "sft", stopped / "parts")
+
+
+def test_a_template_that_changed_under_the_same_name_is_refused(stopped: Path) -> None:
+    path = stopped / "model" / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8").replace("<|im_start|>", "<|im_start|> "), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"other tokens than the processor has now"):
+        prepared(stopped, "sft", stopped / "parts")
+
+
+def test_a_checkpoint_of_another_model_is_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(stopped / "model")
+    tiny.save_model(stopped / "model", "causal-lm", tied=True)
+    same = read_record(stopped / "parts").model.fingerprint
+    monkeypatch.setattr("trainworks.models.fingerprint", lambda model: same)
     with pytest.raises(CheckpointError, match="another model"):
         prepared(stopped, "sft", stopped / "parts")

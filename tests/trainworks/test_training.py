@@ -169,7 +169,7 @@ def test_a_null_text_is_named_by_its_row(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "model", "sft")
     lines = [{"prompt": "a cat", "completion": "runs"}, {"prompt": "a dog", "completion": None}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with pytest.raises(DataError, match="column 'completion' is null in row"):
+    with pytest.raises(DataError, match=r"row 1 \(from 0\), column 'completion': null text"):
         finetune.prepare(tiny.config("sft", tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"))
 
 
@@ -177,4 +177,4 @@ def test_preparing_twice_finds_what_was_prepared(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TRAINWORKS_CACHE", str(tmp_path / "cache"))
     for name in ("first", "second"):
         prepared("sequence-classification", tmp_path, name)
-        assert len(list((tmp_path / "cache" / "prepared").iterdir())) == 2
+        assert len(list((tmp_path / "cache" / "prepared").glob("[!.]*"))) == 2

@@ -1,21 +1,24 @@
-"""Prepared data, kept by content: the same rows, task and processor are never prepared twice on a machine."""
+"""What prepared data is, and where it is kept."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import ListArray
 
-__all__ = ["Prepared", "cached", "digest", "folder", "table"]
+__all__ = ["Prepared", "code_digest", "digest", "folder", "ragged", "table"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,28 @@ def table(columns: Mapping[str, Any]) -> Dataset:
     return Dataset(pyarrow.table(columns), fingerprint=uuid4().hex)
 
 
+def ragged(rows: Sequence[NDArray[Any]], kind: DTypeLike) -> ListArray:
+    """Return rows of different lengths as one Arrow column of lists; far quicker than by Python numbers."""
+    import pyarrow
+
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    values = np.concatenate(rows, dtype=kind) if len(rows) else np.empty(0, dtype=kind)
+    return pyarrow.ListArray.from_arrays(offsets, values)
+
+
 def folder() -> Path:
     """Return where prepared data is kept: TRAINWORKS_CACHE, or `trainworks` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "trainworks"
     return Path(os.environ.get("TRAINWORKS_CACHE", default))
+
+
+def code_digest(*kinds: type) -> str:
+    """Return the SHA-256 of the code that prepares data: this package's, and of the modules where `kinds` are
+    written."""
+    files = [getattr(sys.modules[kind.__module__], "__file__", None) for kind in kinds]  # none in a notebook
+    paths = [*Path(__file__).parent.rglob("*.py"), *(Path(file) for file in files if file)]
+    return digest(*(path.read_text(encoding="utf-8") for path in sorted(paths)))
 
 
 def digest(*parts: str) -> str:
@@ -48,26 +69,3 @@ def digest(*parts: str) -> str:
         encoded = part.encode("utf-8", "surrogatepass")
         total.update(len(encoded).to_bytes(8, "little") + encoded)
     return total.hexdigest()
-
-
-def cached(key: str, build: Callable[[], Prepared]) -> Prepared:
-    """Return what `build` returned for this `key` once, from disk; build and keep it otherwise.
-
-    A crash leaves at most a staging folder; two processes that build at once both succeed, and one copy stays.
-    """
-    from datasets import load_from_disk
-
-    place = folder() / "prepared" / key
-    if not place.exists():
-        prepared = build()
-        staged = place.with_name(f".{key}.{uuid4().hex}")
-        prepared.samples.save_to_disk(str(staged / "samples"))
-        (staged / "dropped.json").write_text(json.dumps(prepared.dropped), encoding="utf-8")
-        try:
-            staged.rename(place)
-        except OSError:
-            shutil.rmtree(staged)
-    return Prepared(
-        load_from_disk(str(place / "samples")),
-        json.loads((place / "dropped.json").read_text(encoding="utf-8")),
-    )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainworks.data.bad_rows import BadRow, BadRowsError, excerpt
 from trainworks.errors import DataError, nearest
 
 if TYPE_CHECKING:
@@ -66,22 +67,28 @@ def rename(rows: Dataset, columns: Mapping[str, str], *, source: str) -> Dataset
 
 
 def require_columns(rows: Dataset, wanted: Mapping[str, Kind], *, source: str) -> None:
-    """Check that every wanted column is there and holds its kind; one DataError names all that do not, and the mend."""
+    """Check that every wanted column is there and holds its kind; one DataError names all that do not, and the mend.
+
+    BadRowsError, over rows of this split, where text or messages are null.
+    """
     kinds = {field.name: field.type for field in rows.features.arrow_schema}
     problems = [problem for name, kind in wanted.items() if (problem := _problem(name, kind, kinds, wanted))]
     if problems:
         there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
         raise DataError("\n".join([*(f"{source}: {problem}" for problem in problems), f"The columns are: {there}"]))
-    for name, kind in wanted.items():
-        if kind in ("text", "messages") and (empty := _nulls(rows, name)):
-            raise DataError(
-                f"{source}: column '{name}' is null in row {empty[0]} and {len(empty) - 1} more; leave them out"
-            )
+    nulls = [
+        BadRow(f"null {kind}", "give every row a value there", file=source, row=row, column=name)
+        for name, kind in wanted.items()
+        if kind in ("text", "messages")
+        for row in _nulls(rows, name)
+    ]
+    if nulls:
+        raise BadRowsError(sorted(nulls, key=lambda problem: problem.row or 0))
 
 
 def _nulls(rows: Dataset, column: str) -> list[int]:
     values = rows.with_format("arrow")[column][:]
-    return [number for number, null in enumerate(values.is_null().to_pylist()) if null] if values.null_count else []
+    return np.flatnonzero(values.is_null().to_numpy()).tolist() if values.null_count else []
 
 
 def _problem(name: str, kind: Kind, kinds: Mapping[str, pa.DataType], wanted: Mapping[str, Kind]) -> str:
@@ -115,9 +122,12 @@ def class_names(rows: Dataset, column: str) -> tuple[str, ...]:
     return tuple(str(value) for value in distinct)
 
 
-def class_ids(rows: Dataset, column: str, names: Sequence[str]) -> list[int]:
-    """Return every label as its index in `names`; DataError with the first rows that hold a null or another label."""
-    values = _labels(rows, column)
+def class_ids(rows: Dataset, column: str, names: Sequence[str], *, first: int = 0) -> list[int]:
+    """Return every label as its index in `names`; BadRowsError with the rows that hold a null or another label.
+
+    `first` is the number of the first of these rows, for the message.
+    """
+    values = _labels(rows, column, first)
     declared = dict(enumerate(_declared(rows, column)))
     places = {name: index for index, name in enumerate(names)}
     spelt = {
@@ -125,13 +135,15 @@ def class_ids(rows: Dataset, column: str, names: Sequence[str]) -> list[int]:
         for value in pc.unique(values).to_pylist()
     }
     ids = [spelt[value] for value in values.to_pylist()]
-    wrong = [row for row, index in enumerate(ids) if index < 0]
-    if wrong:
-        found = ", ".join(f"row {row}: {values[row].as_py()!r}" for row in wrong[:5])
-        allowed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise DataError(
-            f"column '{column}': {len(wrong):,} of {len(ids):,} labels are not among the {len(names)} classes "
-            f"({found}; rows count from 0); the classes are: {allowed}. Mend or leave out these rows"
+    if wrong := [row for row, index in enumerate(ids) if index < 0]:
+        mend = f"the {len(names)} classes are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+        raise BadRowsError(
+            [
+                BadRow(
+                    "unknown label", mend, excerpt=excerpt(repr(values[row].as_py())), row=first + row, column=column
+                )
+                for row in wrong
+            ]
         )
     return ids
 
@@ -144,16 +156,15 @@ def _declared(rows: Dataset, column: str) -> list[str]:
     return list(feature.names) if isinstance(feature, ClassLabel) else []
 
 
-def _labels(rows: Dataset, column: str) -> pa.ChunkedArray:
+def _labels(rows: Dataset, column: str, first: int = 0) -> pa.ChunkedArray:
     """Return the column's values, none of them null."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
     if not _is_label(values.type) and not pa.types.is_null(values.type):
         raise DataError(f"column '{column}' holds {values.type}; labels are text, whole numbers or classes")
     if values.null_count:
-        row = pc.index(pc.is_null(values), True).as_py()
-        raise DataError(
-            f"column '{column}': {values.null_count:,} of {len(values):,} labels are null, the first in row {row} "
-            f"(rows count from 0); give every row a label or leave it out"
+        rows_without = np.flatnonzero(values.is_null().to_numpy()).tolist()
+        raise BadRowsError(
+            [BadRow("null label", "give every row a label", row=first + row, column=column) for row in rows_without]
         )
     return values
 

@@ -1,248 +1,214 @@
-"""Local files to one Dataset: JSON, CSV, TSV, Parquet, Arrow and plain text, each mistake at its line."""
+"""Local files to one Dataset, however large: JSON, CSV, TSV, Parquet, Arrow, plain text; each mistake at its place."""
 
 from __future__ import annotations
 
-import codecs
-import csv
 import json
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from trainworks.data.bad_rows import BadRows, Policy
+from trainworks.data.cache import digest, folder
 from trainworks.data.columns import fingerprint
+from trainworks.data.formats.base import ARROW_ERRORS, Chunk, Format, unified
+from trainworks.data.formats.json_rows import json_lines, json_rows
+from trainworks.data.formats.lines import COMPRESSIONS
+from trainworks.data.formats.others import arrow_rows, parquet_rows, text_rows
+from trainworks.data.formats.separated import narrowest, separated
+from trainworks.data.places import Places, runs
+from trainworks.data.table_store import TableStore
 from trainworks.errors import DataError
+from trainworks.record import write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["READERS", "read_files"]
+__all__ = ["READERS", "FileRows", "is_readable", "read_files", "stem"]
 
-_BATCH = 10_000
-_ARROW_ERRORS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
+Numbers = NDArray[np.int64]
+
+_STARTS = "starts.npy"
+_DROPPED = "dropped.json"
+IN_MEMORY = 256 * 2**20
+"""Bytes of rows that are held; what takes more is written to the cache and mapped into memory from there."""
+
+READERS: dict[str, Format] = {
+    ".jsonl": Format(json_lines),
+    ".json": Format(json_rows),
+    ".csv": Format(separated(","), schema=narrowest),
+    ".tsv": Format(separated("\t"), schema=narrowest),
+    ".parquet": Format(parquet_rows, compressible=False),
+    ".txt": Format(text_rows),
+    ".arrow": Format(arrow_rows, compressible=False),
+}
+"""The file endings that can be read, and how; `.gz` and `.zst` may follow those of text."""
 
 
-def read_files(paths: Sequence[Path]) -> Dataset:
+@dataclass(frozen=True)
+class FileRows:
+    """Rows that were read from files."""
+
+    rows: Dataset
+    places: Places
+    """Where each of them stands."""
+    dropped: dict[str, int]
+    """How many bad rows were left out, by reason."""
+    listing: Path | None
+    """The file that lists those, where that was asked for and there are any."""
+
+
+def is_readable(path: Path) -> bool:
+    """Say whether files of such a name can be read."""
+    return _ending(path) in READERS
+
+
+def stem(path: Path) -> str:
+    """Return a file's name without its endings, that of a compression included.
+
+    >>> stem(Path("train.jsonl.gz"))
+    'train'
+    """
+    return path.name[: -len("".join(path.suffixes[-_num_endings(path) :]))]
+
+
+def _num_endings(path: Path) -> int:
+    return 2 if path.suffix.lower() in COMPRESSIONS else 1
+
+
+def _ending(path: Path) -> str:
+    """Return the ending that says the format: `.jsonl` for rows.jsonl.gz."""
+    ending = path.suffix.lower()
+    if ending in COMPRESSIONS:
+        inner = Path(path.stem).suffix.lower()
+        return inner if inner in READERS and READERS[inner].compressible else ending
+    return ending
+
+
+def read_files(paths: Sequence[Path], bad_rows: Policy = "error") -> FileRows:
     """Read files that hold the same columns, in any of the formats of `READERS`, as one Dataset.
 
-    DataError names the file and line of what cannot be read, is empty, or has other columns or types.
+    What is small is held in memory. The rest is written to the cache as Arrow, some MB at a time, mapped into memory
+    from there, and found there again as long as the files stay as they are. Any process may call it.
+
+    BadRowsError names the rows that cannot be used, where `bad_rows` is `error` or reading cannot go on after one.
+    DataError for a file that cannot be read, is empty, or has other columns or types than the first.
     """
+    key = digest(bad_rows, version("trainworks"), *(_state(path) for path in paths))
+    kept, listing = folder() / "files" / key, folder() / "quarantine" / f"{key[:16]}.jsonl"
+    if kept.exists():
+        held = _opened(kept)
+        if bad_rows != "quarantine" or not held.dropped or listing.exists():
+            return _file_rows(held, paths, listing)
+    bad = BadRows(bad_rows, listing)
+    staged = kept.with_name(f".{key}.{uuid4().hex}")
+    try:
+        return _file_rows(_read(paths, bad, staged, kept), paths, listing)
+    finally:
+        bad.discard()
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+class _Held(NamedTuple):
+    """The rows of some files, in memory or mapped, with what `datasets` is to know them by."""
+
+    table: Any
+    starts: Numbers
+    dropped: dict[str, int]
+    name: str
+
+
+def _file_rows(held: _Held, paths: Sequence[Path], listing: Path) -> FileRows:
     from datasets import Dataset
 
-    tables = [_table(path) for path in paths]
-    for path, table in zip(paths, tables, strict=True):
-        if set(table.column_names) != set(tables[0].column_names):
-            raise DataError(
-                f"{path}: the columns are {', '.join(table.column_names)}, but {', '.join(tables[0].column_names)} in "
-                f"{paths[0]}; name the files that belong together in data.train and data.validation"
-            )
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except _ARROW_ERRORS as error:
-        raise DataError(f"{paths[0].parent}: the files do not hold the same types: {error}") from error
-    # The fingerprint datasets would compute itself pickles the whole table: 4 s for 400 MB (datasets 5.2).
-    return Dataset(table, fingerprint=fingerprint(table)[:32])
-
-
-def _table(path: Path) -> pa.Table:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot read '{path.suffix}' files; there may be: {', '.join(READERS)}")
-    try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty")
-        table = reader(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
-    if table.num_rows == 0:
-        raise DataError(f"{path}: there are no rows")
-    return table
-
-
-def _decoded(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line numbers and lines of a file that must be UTF-8, with or without a byte order mark."""
-    with path.open("rb") as file:
-        offset = 0
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode()
-            except UnicodeDecodeError as error:
-                at = offset + raw.index(error.object) + error.start
-                byte = error.object[error.start]
-                raise DataError(
-                    f"{path}:{number}: byte {at} of the file (0x{byte:02x}) is not UTF-8; save the file as UTF-8"
-                ) from None
-            offset += len(raw)
-
-
-def _text(path: Path) -> pa.Table:
-    text = "".join(line for _, line in _decoded(path)).replace("\r\n", "\n")
-    return pa.table({"text": pa.array([text] if text.strip() else [], pa.string())})
-
-
-def _json(path: Path) -> pa.Table:
-    first = next((line.lstrip() for _, line in _decoded(path) if line.strip()), "")
-    return _json_list(path) if first.startswith("[") else _json_lines(path)
-
-
-def _json_list(path: Path) -> pa.Table:
-    text = "".join(line for _, line in _decoded(path))
-    try:
-        rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _broken_json(path, getattr(error, "lineno", 1), text, error) from None
-    return _from_objects((f"{path}: row {row} (from 0)", value) for row, value in enumerate(rows))
-
-
-def _json_lines(path: Path) -> pa.Table:
-    def parsed() -> Iterator[tuple[str, Any]]:
-        for number, line in _decoded(path):
-            if line.strip():
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise _broken_json(path, number, line, error) from None
-
-    return _from_objects(parsed())
-
-
-def _broken_json(path: Path, line: int, text: str, error: Exception) -> DataError:
-    at = getattr(error, "pos", 0)
-    excerpt = text[max(0, at - 40) : at + 40].strip()
-    allowed = "one JSON object per line" + (", or one list of objects" if path.suffix.lower() == ".json" else "")
-    return DataError(
-        f"{path}:{line}: broken JSON, {getattr(error, 'msg', 'nested too deep')}: {excerpt}; expected {allowed}"
+    return FileRows(
+        rows=Dataset(held.table, fingerprint=held.name[:32]),
+        places=Places(tuple(map(str, paths)), held.starts),
+        dropped=held.dropped,
+        listing=listing if listing.exists() and held.dropped else None,
     )
 
 
-def _from_objects(rows: Iterable[tuple[str, Any]]) -> pa.Table:
-    """Turn (where, object) pairs into a table, some thousands at a time, so that few are Python objects at once."""
-    tables, schema, rest = [], pa.schema([]), iter(rows)
-    while batch := list(islice(rest, _BATCH)):
-        for where, row in batch:
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected an object {{column: value}}, found {_excerpt(row)}")
-        names = dict.fromkeys(chain(schema.names, *(row for _, row in batch)))
-        fields = [(name, _column(name, batch, schema)) for name in names]
-        schema = pa.schema([(name, kind) for name, (_, kind) in fields])
-        tables.append(pa.table({name: values for name, (values, _) in fields}))
-    return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
-
-
-def _column(name: str, batch: list[tuple[str, Any]], schema: pa.Schema) -> tuple[pa.Array, pa.DataType]:
-    """Return a column's values in this batch, and its type so far; DataError names the place of another type."""
-    before = schema.field(name).type if name in schema.names else pa.null()
+def _read(paths: Sequence[Path], bad: BadRows, staged: Path, kept: Path) -> _Held:
+    """Read the files; where they take too much memory, by way of the folder `staged`, which becomes `kept`."""
+    are_mapped = all(_ending(path) == ".arrow" for path in paths)
+    store = TableStore(staged, math.inf if are_mapped else IN_MEMORY)
+    schemas, starts, count = [], [], 0
+    for number, path in enumerate(paths):
+        before = bad.counts.total()
+        for chunk in _chunks(path, bad):
+            store.add(chunk.table, number)
+            starts.append(runs(count, number, chunk.rows, chunk.lines))
+            count += len(chunk.table)
+        if tables := store.tables(number):
+            schemas.append((path, READERS[_ending(path)].schema(tables)))
+        elif bad.counts.total() == before:
+            raise DataError(f"{path}: there are no rows; leave the file out, or write it again")
+    bad.finish()
+    if not count:
+        bad.raise_first("no row is left without these")
+    table = store.finish(_joint_schema(schemas))
+    # The name datasets would make itself pickles the whole table: 4 s for 400 MB (datasets 5.2).
+    if table is not None:
+        return _Held(table, np.concatenate(starts), dict(bad.counts), fingerprint(table))
+    np.save(staged / _STARTS, np.concatenate(starts))
+    write_json(staged / _DROPPED, bad.counts)
     try:
-        values = pa.array([row.get(name) for _, row in batch])
-        return values, _unified(before, values.type)
-    except _ARROW_ERRORS as error:
-        kind = before
-        for where, row in batch:
-            try:
-                kind = _unified(kind, pa.array([row.get(name)]).type)
-            except pa.ArrowTypeError:
-                found = _excerpt(row.get(name))
-                raise DataError(
-                    f"{where}: column '{name}' holds {kind} before, here {found}; one type per column"
-                ) from None
-            except _ARROW_ERRORS as alone:
-                raise DataError(f"{where}: column '{name}': {alone}; found {_excerpt(row.get(name))}") from None
-        raise DataError(f"{batch[0][0]} and after: column '{name}': {error}") from error
+        staged.rename(kept)
+    except OSError:
+        if not kept.exists():  # if it does, another process was faster
+            raise
+    return _opened(kept)
 
 
-def _unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    schemas = [pa.schema([("value", kind)]) for kind in (one, other)]
-    return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
+def _chunks(path: Path, bad: BadRows) -> Iterator[Chunk]:
+    try:
+        yield from (chunk for chunk in READERS[_ending(path)].chunks(path, bad) if len(chunk.table))
+    except (OSError, pa.ArrowInvalid) as error:
+        kind = "".join(path.suffixes[-_num_endings(path) :]).lstrip(".")
+        raise DataError(f"{path}: cannot be read as {kind}: {error}; write or fetch the file again") from error
 
 
-def _excerpt(value: Any) -> str:
-    words = json.dumps(value)
-    return words if len(words) <= 80 else f"{words[:77]}..."
-
-
-def _separated(delimiter: str) -> Callable[[Path], pa.Table]:
-    def table(path: Path) -> pa.Table:
-        reader = csv.reader((line for _, line in _decoded(path)), delimiter=delimiter, strict=True)
-        limit = csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
-        try:
-            header = _header(path, next(reader, []))
-            tables = list(_cells(path, reader, header))
-        except csv.Error as error:
+def _joint_schema(schemas: Sequence[tuple[Path, pa.Schema]]) -> pa.Schema:
+    first, wanted = schemas[0]
+    for path, schema in schemas:
+        if set(schema.names) != set(wanted.names):
             raise DataError(
-                f"{path}:{reader.line_num}: {error}; a cell with quotes stands in quotes, each one inside doubled"
-            ) from None
-        finally:
-            csv.field_size_limit(limit)
-        return _typed(pa.concat_tables(tables)) if tables else pa.table({})
-
-    return table
-
-
-def _header(path: Path, cells: list[str]) -> list[str]:
-    names = [cell.strip() or f"column_{number}" for number, cell in enumerate(cells, start=1)]
-    if all(re.fullmatch(_FLOAT, cell) for cell in cells):
-        raise DataError(f"{path}:1: the first line must name the columns, found {', '.join(cells)[:80] or 'nothing'}")
-    if len(set(names)) < len(names):
-        raise DataError(f"{path}:1: a column is named twice: {', '.join(names)}")
-    return names
+                f"{path}: the columns are {', '.join(schema.names)}, but {', '.join(wanted.names)} in {first}; "
+                "name the files that belong together in data.train and data.validation"
+            )
+    try:
+        return unified([schema for _, schema in schemas])
+    except ARROW_ERRORS as error:
+        raise DataError(f"{first.parent}: the files do not hold the same types: {error}") from error
 
 
-def _cells(path: Path, reader: Any, header: list[str]) -> Iterator[pa.Table]:
-    def even() -> Iterator[list[str | None]]:
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                raise DataError(f"{path}:{reader.line_num}: {len(cells)} cells, but the header names {len(header)}")
-            if cells:
-                yield [cell or None for cell in cells]
+def _opened(kept: Path) -> _Held:
+    """Return the rows that a folder of the cache holds, mapped into memory."""
+    from datasets.table import MemoryMappedTable, concat_tables
 
-    rows = even()
-    while batch := list(islice(rows, _BATCH)):
-        columns = zip(*batch, strict=True)
-        yield pa.table({name: pa.array(values, pa.string()) for name, values in zip(header, columns, strict=True)})
+    tables = [MemoryMappedTable.from_file(str(file)) for file in sorted(kept.glob("*.arrow"))]
+    dropped = json.loads((kept / _DROPPED).read_text(encoding="utf-8"))
+    return _Held(concat_tables(tables), np.load(kept / _STARTS, mmap_mode="r"), dropped, kept.name)
 
 
-# What would not come back as it was written (007, or more digits than a float holds) stays text.
-_INTEGER = r"^-?(0|[1-9]\d{0,17})$"
-_FLOAT = r"^(-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?)?$"
-
-
-def _typed(table: pa.Table) -> pa.Table:
-    """Give a column of text the narrowest type that all its cells have: whole numbers, numbers, else text."""
-    for index, name in enumerate(table.column_names):
-        cells = table.column(index)
-        for pattern, kind in ((_INTEGER, pa.int64()), (_FLOAT, pa.float64())):
-            if cells.null_count < len(cells) and pc.all(pc.match_substring_regex(cells, pattern)).as_py():
-                table = table.set_column(index, name, pc.cast(cells, kind))
-                break
-    return table
-
-
-def _parquet(path: Path) -> pa.Table:
-    from pyarrow import parquet
-
-    return parquet.ParquetFile(path).read()
-
-
-def _arrow(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        try:
-            return pa.ipc.open_stream(file).read_all()
-        except pa.ArrowInvalid:
-            return pa.ipc.open_file(file).read_all()
-
-
-READERS: dict[str, Callable[[Path], pa.Table]] = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
-    ".parquet": _parquet,
-    ".txt": _text,
-    ".arrow": _arrow,
-}
-"""The file endings that can be read, and how."""
+def _state(path: Path) -> str:
+    """Return what tells whether a file is still the one it was; DataError where it cannot be read or is empty."""
+    if not is_readable(path):
+        endings = ", ".join(READERS)
+        raise DataError(f"{path}: cannot read '{path.suffix}' files; there may be: {endings}, and text as .gz or .zst")
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if state.st_size == 0:
+        raise DataError(f"{path}: the file is empty; leave it out, or write it again")
+    return f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"

@@ -3,47 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainworks.data.order import Integers, Key, Plan, deal, mix
+from trainworks.data.packing import Packs, alone
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-__all__ = ["Batch", "Collate", "Row", "Window", "evaluation_batches", "lengths", "windows"]
+__all__ = ["Batch", "Collate", "Row", "Samples", "Window", "evaluation_batches", "lengths", "windows"]
 
 Row = dict[str, Any]
-"""A prepared sample with its `index`, `epoch`, `source`, `seed` and `weight`."""
+"""A prepared row with its `index`, `epoch`, `source`, `seed` and `weight`, and `pack`: the line of the batch it stands
+on. Rows of one line follow one another."""
 Batch = dict[str, "Tensor"]
 """What a task collates, with `index`, `source` and `weight`, each [original rows]."""
 Collate = Callable[[Sequence[Row]], Batch]
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """A prepared data set that is fetched by keys, many at a time, as torch's loader asks."""
+class Samples:
+    """Prepared rows, and which of them make one training sample."""
 
     rows: Dataset
+    packs: Packs
+
+    def lengths(self) -> Integers | None:
+        """Return the tokens of each sample, or None for data that is not counted in tokens."""
+        sizes = lengths(self.rows)
+        return None if sizes is None else self.packs.totals(sizes)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """Samples that are fetched by keys, many at a time, as torch's loader asks: the rows of all of them, in a row."""
+
+    samples: Samples
     seed: int
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Row]:
-        columns: Mapping[str, Sequence[Any]] = self.rows[[key.row for key in keys]]
-        seeds = mix(self.seed, np.array([key.epoch for key in keys]), np.array([key.row for key in keys]))
+        numbers, owners = self.samples.packs.take(np.array([key.sample for key in keys]))
+        epochs = np.array([key.epoch for key in keys])[owners]
+        columns: Mapping[str, Sequence[Any]] = self.samples.rows[numbers]
+        own = zip(numbers.tolist(), owners.tolist(), mix(self.seed, epochs, numbers).tolist(), strict=True)
         return [
-            {name: values[place] for name, values in columns.items()}
-            | {"source": 0, "index": key.row, "epoch": key.epoch, "weight": key.weight, "seed": int(seed)}
-            for place, (key, seed) in enumerate(zip(keys, seeds, strict=True))
+            {"source": 0}
+            | {name: values[place] for name, values in columns.items()}
+            | {"index": number, "epoch": keys[line].epoch, "weight": keys[line].weight}
+            | {"seed": seed, "pack": line}
+            for place, (number, line, seed) in enumerate(own)
         ]
 
-    def __getitem__(self, key: Key) -> Row:
-        return self.__getitems__([key])[0]
+    def __getitem__(self, key: Key) -> list[Row]:
+        return self.__getitems__([key])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.samples)
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,7 @@ class _Collated:
 
 
 def _batches(
-    rows: Dataset, keys: Iterator[list[Key]], collate: Collate, *, seed: int, workers: int, pin: bool
+    samples: Samples, keys: Iterator[list[Key]], collate: Collate, *, seed: int, workers: int, pin: bool
 ) -> Iterator[Batch]:
     import torch
     from torch.utils.data import DataLoader
@@ -73,7 +95,7 @@ def _batches(
     # Without a generator of its own the loader draws from the global one, and evaluation would change the dropout.
     return iter(
         DataLoader(
-            _Samples(rows.with_format("numpy"), seed),  # type: ignore[arg-type]
+            _Fetched(replace(samples, rows=samples.rows.with_format("numpy")), seed),  # type: ignore[arg-type]
             batch_sampler=keys,
             collate_fn=_Collated(collate),
             num_workers=workers,
@@ -83,14 +105,14 @@ def _batches(
     )
 
 
-def _sorted(rows: Integers, epochs: Integers, sizes: Integers | None) -> list[Key]:
+def _sorted(samples: Integers, epochs: Integers, sizes: Integers | None) -> list[Key]:
     """Sort a step's samples by length, so that its micro-batches hold little padding; the step's sums stay the same."""
-    order = np.arange(len(rows)) if sizes is None else np.argsort(-sizes[rows], kind="stable")
-    return [Key(int(rows[place]), int(epochs[place]), 1.0) for place in order]
+    order = np.arange(len(samples)) if sizes is None else np.argsort(-sizes[samples], kind="stable")
+    return [Key(int(samples[place]), int(epochs[place]), 1.0) for place in order]
 
 
 def lengths(rows: Dataset) -> Integers | None:
-    """Return the tokens of each prepared sample, or None for data that is not counted in tokens."""
+    """Return the tokens of each prepared row, or None for data that is not counted in tokens."""
     return np.asarray(rows.with_format("numpy")["length"][:]) if "length" in rows.column_names else None
 
 
@@ -105,7 +127,7 @@ class Window:
 
 
 def windows(
-    rows: Dataset,
+    samples: Samples,
     plan: Plan,
     collate: Collate,
     *,
@@ -117,13 +139,13 @@ def windows(
     pin: bool,
 ) -> Iterator[Window]:
     """Yield each optimizer step from `start` on. All ranks yield the same number of micro-batches for it."""
-    sizes = lengths(rows)
+    sizes = samples.lengths()
 
     def dealt(step: int) -> list[list[Key]]:
         return deal(_sorted(*plan.step(step), sizes), ranks=ranks, rank=rank, micro=micro)
 
     keys = (micro_batch for step in range(start, plan.num_steps) for micro_batch in dealt(step))
-    batches = _batches(rows, keys, collate, seed=plan.seed, workers=workers, pin=pin)
+    batches = _batches(samples, keys, collate, seed=plan.seed, workers=workers, pin=pin)
     for step in range(start, plan.num_steps):
         tokens = 0 if sizes is None else int(sizes[plan.step(step)[0]].sum())
         yield Window([next(batches) for _ in range(-(-plan.size(step) // (ranks * micro)))], plan.size(step), tokens)
@@ -136,4 +158,4 @@ def evaluation_batches(
     everything = np.arange(len(rows), dtype=np.int64)
     keys = _sorted(everything, np.zeros_like(everything), lengths(rows))
     dealt = deal(keys, ranks=ranks, rank=rank, micro=micro) if keys else []
-    return _batches(rows, iter(dealt), collate, seed=0, workers=workers, pin=pin)
+    return _batches(Samples(rows, alone(len(rows))), iter(dealt), collate, seed=0, workers=workers, pin=pin)

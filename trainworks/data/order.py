@@ -23,15 +23,15 @@ _ROUNDS = 8
 
 
 class Key(NamedTuple):
-    """One sample to fetch: its row, the pass over the data it belongs to, and 1.0, or 0.0 for a filler that must not
+    """One sample to fetch: its number, the pass over the data it belongs to, and 1.0, or 0.0 for a filler that must not
     count."""
 
-    row: int
+    sample: int
     epoch: int
     weight: float
 
 
-def mix(*words: int | Words) -> Words:
+def mix(*words: int | Integers | Words) -> Words:
     """Hash whole numbers (element by element) to 64 well-mixed bits, by SplitMix64's finaliser (Steele et al. 2014)."""
     state = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -89,14 +89,14 @@ class Plan:
         return min(self.per_step, self.total - number * self.per_step)
 
     def step(self, number: int) -> tuple[Integers, Integers]:
-        """Return (rows, epochs), each [samples of step `number`]; steps count from 0."""
+        """Return (samples, epochs), each [samples of step `number`]; steps count from 0."""
         positions = number * self.per_step + np.arange(self.size(number), dtype=np.int64)
         epochs = positions // self.num_samples
-        rows = np.empty_like(positions)
+        samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
-            rows[inside] = permuted(positions[inside] % self.num_samples, self.num_samples, self.seed, int(epoch))
-        return rows, epochs
+            samples[inside] = permuted(positions[inside] % self.num_samples, self.num_samples, self.seed, int(epoch))
+        return samples, epochs
 
 
 def deal(keys: Sequence[Key], *, ranks: int, rank: int, micro: int) -> list[list[Key]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain, islice
 from pathlib import Path
@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from trainworks.data.bad_rows import Policy
 from trainworks.data.cache import table
 from trainworks.data.columns import fingerprint, rename
-from trainworks.data.files import READERS, read_files
-from trainworks.data.order import permuted
+from trainworks.data.files import READERS, FileRows, is_readable, read_files, stem
+from trainworks.data.order import Integers, permuted
+from trainworks.data.places import Origin
 from trainworks.errors import AccessError, DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
     from huggingface_hub import DatasetInfo
 
+    from trainworks.cleaning import Clean
+    from trainworks.record import StageFacts
     from trainworks.schema import Data
 
 __all__ = ["Rows", "read"]
@@ -48,6 +52,22 @@ class Rows:
     """The Hub card's, or that of `python-docs`."""
     fingerprint: str
     """SHA-256 over the content of both splits; the same for the same rows from any format, machine or cache."""
+    bad_rows: Policy = "error"
+    """What is to be done with rows that cannot be used."""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    """For each split, where its rows come from."""
+    dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """For each split, how many bad rows were left out, by reason; of a file that both share, with the first."""
+    listings: tuple[Path, ...] = ()
+    """Files that list the bad rows, where that was asked for."""
+    cleaning: tuple[StageFacts, ...] = ()
+    """What `data.clean` did to the training rows, stage by stage."""
+
+    @property
+    def splits(self) -> dict[str, Dataset]:
+        """The splits there are, by name."""
+        named = {"train": self.train, "validation": self.validation}
+        return {name: rows for name, rows in named.items() if rows is not None}
 
 
 class _Opened(NamedTuple):
@@ -55,6 +75,24 @@ class _Opened(NamedTuple):
     validation: Dataset | None
     revision: str | None = None
     license: str | None = None
+    files: FileRows | None = None
+    """What `train` was read from, if from files."""
+    held_files: FileRows | None = None
+    """What `validation` was read from, if from files of its own."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one split, and where each comes from."""
+
+    rows: Dataset
+    origin: Origin
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, indices: Integers) -> _Part:
+        return _Part(self.rows.select(indices), self.origin.select(indices))
 
 
 def read(data: Data, *, seed: int) -> Rows:
@@ -65,15 +103,59 @@ def read(data: Data, *, seed: int) -> Rows:
     """
     source = data.source if isinstance(data.source, str) else f"<{type(data.source).__name__} in memory>"
     opened = _open(data, source)
-    train = _ready(opened.train, data, f"{source} (train)")
+    train = _ready(opened.train, opened.files, data, source, "train")
     if opened.validation is not None:
-        validation: Dataset | None = _ready(opened.validation, data, f"{source} (validation)")
+        validation: _Part | None = _ready(opened.validation, opened.held_files, data, source, "validation")
     else:
         train, validation = _hold_out(train, data.holdout, seed)
-    train = _limited(train, data.limit.train, seed)
-    validation = None if validation is None else _limited(validation, data.limit.validation, seed)
-    content = fingerprint(*(rows for rows in (train, validation) if rows is not None))
-    return Rows(train, validation, source, data.subset, opened.revision, opened.license, content)
+    parts = {"train": _limited(train, data.limit.train, seed)}
+    if validation is not None:
+        parts["validation"] = _limited(validation, data.limit.validation, seed)
+    cleaning: tuple[StageFacts, ...] = ()
+    if data.clean is not None:
+        parts["train"], cleaning = _cleaned(parts, data.clean, source)
+    read_from = {"train": opened.files, "validation": opened.held_files}
+    dropped = {name: dict(files.dropped) for name, files in read_from.items() if files is not None}
+    for stage in cleaning:
+        dropped["train"] = dropped.get("train", {}) | stage.removed
+    return Rows(
+        train=parts["train"].rows,
+        validation=parts["validation"].rows if "validation" in parts else None,
+        source=source,
+        subset=data.subset,
+        revision=opened.revision,
+        license=opened.license,
+        fingerprint=fingerprint(*(part.rows for part in parts.values())),
+        bad_rows=data.bad_rows,
+        origins={name: part.origin for name, part in parts.items()},
+        dropped=dropped,
+        listings=tuple(files.listing for files in read_from.values() if files is not None and files.listing),
+        cleaning=cleaning,
+    )
+
+
+def _cleaned(parts: Mapping[str, _Part], wanted: Clean, source: str) -> tuple[_Part, tuple[StageFacts, ...]]:
+    """Clean the training rows; the sets to decontaminate against are read as any source is."""
+    from trainworks.data.hygiene.clean import clean
+    from trainworks.data.hygiene.documents import items_of
+    from trainworks.schema import Data
+
+    items: dict[str, list[str]] = {}
+    for chosen in wanted.decontaminate.against if wanted.decontaminate else ():
+        if chosen == "validation":
+            if "validation" not in parts:
+                raise DataError(
+                    f"{source}: data.clean.decontaminate.against: there are no validation rows; name data.validation, "
+                    "or set data.holdout above 0"
+                )
+            items["validation"] = items_of(parts["validation"].rows, wanted.text, where=f"{source} (validation)")
+        else:
+            named = chosen.model_dump(include={"source", "subset", "revision"})
+            rows = read(Data(**named, train=chosen.split, holdout=0), seed=0).train
+            name = " ".join(filter(None, [chosen.source, chosen.subset, "+".join(chosen.split)]))
+            items[name] = items.get(name, []) + items_of(rows, chosen.columns, where=name)
+    cleaned = clean(parts["train"].rows, wanted, items, source=f"{source} (train)")
+    return _Part(cleaned.rows, parts["train"].origin.select(cleaned.kept)), cleaned.stages
 
 
 def _open(data: Data, source: str) -> _Opened:
@@ -87,7 +169,7 @@ def _open(data: Data, source: str) -> _Opened:
     if path.exists():
         _refuse_hub_settings(data, source)
         return _local(path, data)
-    if path.suffix.lower() in READERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if is_readable(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"data.source: no file or folder {source}{_nearest_path(path)}")
     return _hub(data, source)
 
@@ -106,13 +188,15 @@ def _nearest_path(path: Path) -> str:
     return nearest(str(missing), [str(missing.with_name(other.name)) for other in missing.parent.iterdir()])
 
 
-def _ready(rows: Dataset, data: Data, source: str) -> Dataset:
+def _ready(rows: Dataset, files: FileRows | None, data: Data, source: str, split: str) -> _Part:
+    named = f"{source} ({split})"
     if len(rows) == 0:
-        raise DataError(f"{source}: there are no rows")
-    return rename(rows.with_format(None), data.columns, source=source)
+        raise DataError(f"{named}: there are no rows")
+    renamed = rename(rows.with_format(None), data.columns, source=named)
+    return _Part(renamed, Origin(named, None if files is None else files.places))
 
 
-def _hold_out(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
+def _hold_out(rows: _Part, share: float, seed: int) -> tuple[_Part, _Part | None]:
     if share == 0 or len(rows) < 2:
         return rows, None
     count = min(max(1, round(len(rows) * share)), len(rows) - 1)
@@ -120,7 +204,7 @@ def _hold_out(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset 
     return rows.select(np.sort(shuffled[count:])), rows.select(np.sort(shuffled[:count]))
 
 
-def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
+def _limited(rows: _Part, limit: int | None, seed: int) -> _Part:
     if limit is None or limit >= len(rows):
         return rows
     return rows.select(permuted(np.arange(limit), len(rows), seed, 2))
@@ -231,7 +315,8 @@ def _prepared(name: str, subset: str | None, revision: str | None) -> DatasetBui
 
 def _local(path: Path, data: Data) -> _Opened:
     if path.is_file():
-        return _named_splits({"train": read_files([path])}, data, str(path))
+        only = read_files([path], data.bad_rows)
+        return _named_splits({"train": only.rows}, data, str(path))._replace(files=only)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved(path, data)
     files = sorted(file for file in path.rglob("*") if _is_readable(file.relative_to(path)) and file.is_file())
@@ -242,12 +327,13 @@ def _local(path: Path, data: Data) -> _Opened:
     train = _train_files(names, data.train, validation, path)
     if both := sorted(set(train).intersection(validation)):
         raise DataError(f"{path}: {', '.join(both)} would be in both data.train and data.validation; name it in one")
-    held = read_files([names[name] for name in validation]) if validation else None
-    return _Opened(read_files([names[name] for name in train]), held)
+    held = read_files([names[name] for name in validation], data.bad_rows) if validation else None
+    learned = read_files([names[name] for name in train], data.bad_rows)
+    return _Opened(learned.rows, None if held is None else held.rows, files=learned, held_files=held)
 
 
 def _is_readable(file: Path) -> bool:
-    return file.suffix.lower() in READERS and not any(part.startswith(".") for part in file.parts)
+    return is_readable(file) and not any(part.startswith(".") for part in file.parts)
 
 
 def _train_files(names: Mapping[str, Path], wanted: Sequence[str], taken: Sequence[str], folder: Path) -> list[str]:
@@ -273,7 +359,7 @@ def _matching(names: Mapping[str, Path], wanted: Sequence[str], where: str) -> l
 
 
 def _is_split(path: Path, split: str) -> bool:
-    return re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", path.stem) is not None
+    return re.fullmatch(rf"{re.escape(split)}(-\d+-of-\d+)?", stem(path)) is not None
 
 
 def _saved(folder: Path, data: Data) -> _Opened:

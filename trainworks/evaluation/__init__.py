@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from trainworks.evaluation.harness import compare_with_baselines, evaluate, evaluate_baselines, is_best, read_statistics
+from trainworks.evaluation.harness import (
+    compare_with_baselines,
+    evaluate,
+    evaluate_baselines,
+    goal_outcome,
+    is_best,
+    read_statistics,
+)
 from trainworks.evaluation.statistics import compare, estimate, merge
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "evaluate_baselines",
+    "goal_outcome",
     "is_best",
     "merge",
     "read_statistics",

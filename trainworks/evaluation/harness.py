@@ -16,7 +16,7 @@ import torch
 from trainworks.errors import EvaluationError
 from trainworks.evaluation.statistics import compare, estimate, merge
 from trainworks.metrics import HuggingFaceMetric, Metric, Prediction
-from trainworks.record import Comparison, EvalReport, write_json
+from trainworks.record import Comparison, Estimate, EvalReport, GoalOutcome, write_json
 from trainworks.run import Run, Statistics
 from trainworks.tasks import Task
 
@@ -24,6 +24,7 @@ __all__ = [
     "compare_with_baselines",
     "evaluate",
     "evaluate_baselines",
+    "goal_outcome",
     "is_best",
     "measured",
     "metrics_of",
@@ -48,11 +49,27 @@ def evaluate(run: Run, name: str | None = None, *, is_baseline: bool = False) ->
         is_baseline=is_baseline,
         num_examples=len(rows),
         metrics={key: estimate(metric, statistics[key][1]) for key, metric in metrics_of(run).items()},
+        slices=_slices(run, statistics),
         samples=samples,
         seconds=time.perf_counter() - begun,
     )
     _keep(run, report, statistics)
     return report
+
+
+def _slices(run: Run, statistics: Statistics) -> dict[str, dict[str, Estimate]]:
+    """Return every metric on the held-out rows of each source, where there are several."""
+    if len(run.sources) == 1:
+        return {}
+    source_of = np.asarray(_held_out(run).with_format("numpy")["source"][:])
+    return {
+        name: {
+            key: estimate(metric, statistics[key][1][own])
+            for key, metric in metrics_of(run).items()
+            if (own := source_of[statistics[key][0]] == number).any()
+        }
+        for number, name in enumerate(run.sources)
+    }
 
 
 def evaluate_baselines(run: Run) -> list[EvalReport]:
@@ -100,6 +117,19 @@ def is_best(run: Run) -> bool:
     name, sign = ("loss", -1) if goal is None else (goal.metric, -1 if goal.at_least is None else 1)
     values = [sign * report.metrics[name].value for report in run.record.reports if not report.is_baseline]
     return all(values[-1] > earlier for earlier in values[:-1])
+
+
+def goal_outcome(run: Run) -> GoalOutcome | None:
+    """Return whether the final model reached the number the configuration asks for, or None where it asks for none."""
+    goal, final = run.config.goal, run.record.final
+    if goal is None or final is None:
+        return None
+    value = final.metrics[goal.metric].value
+    if goal.at_most is not None:
+        wanted, met = f"<= {goal.at_most:g}", value <= goal.at_most
+    if goal.at_least is not None:
+        wanted, met = f">= {goal.at_least:g}", value >= goal.at_least
+    return GoalOutcome(metric=goal.metric, wanted=wanted, value=value, met=met)
 
 
 def measured(task: Task, added: Iterable[str]) -> dict[str, Metric]:

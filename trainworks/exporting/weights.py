@@ -28,7 +28,7 @@ def export(run: Run, folder: str | Path | None = None) -> Path:
         _write(run, folder, weights)
         if isinstance(run.config.tuning, LoRA) and run.config.tuning.merge:
             _write_merged(run, folder, folder.with_name("merged"))
-    run.world.wait()
+    run.world.wait_patiently()
     return folder
 
 
@@ -55,15 +55,27 @@ def _adapter_only(run: Run) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in run.model.state_dict().items() if name in trained}
 
 
+def _stopping(model: Any, ends: tuple[int, ...]) -> Any:
+    """Return a model whose generation stops where an answer of its task ends, and where it did before."""
+    if ends:
+        before = model.generation_config.eos_token_id
+        known = before if isinstance(before, list) else [before]
+        model.generation_config.eos_token_id = sorted({*ends, *known} - {None})
+    return model
+
+
 def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     adapter = run.tuned.adapter
+    model = _stopping(run.model, run.task.ends(run.processor))
     if adapter is None:
-        run.model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
     else:
         adapter.save_pretrained(
             str(folder), state_dict={f"base_model.model.{name}": value for name, value in weights.items()}
         )
         (folder / "README.md").unlink(missing_ok=True)  # PEFT writes an empty card
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     run.processor.save_pretrained(folder)
 
 
@@ -73,7 +85,7 @@ def _write_merged(run: Run, adapter: Path, folder: Path) -> None:
     from peft import PeftModel
 
     assert isinstance(run.config.model, Pretrained)  # an adapter is trained beside weights that were there
-    base = load(run.config.model, run.task.auto_class, run.task.head(), run.processor)
+    base = load(run.config.model, run.task.auto_class, run.task.head(), run.processor, seed=run.config.seed)
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    merged.save_pretrained(folder)
+    _stopping(merged, run.task.ends(run.processor)).save_pretrained(folder)
     run.processor.save_pretrained(folder)

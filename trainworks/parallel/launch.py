@@ -18,6 +18,7 @@ from trainworks.errors import LaunchError, ToolkitError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed import ProcessGroup
 
     from trainworks.data.loading import Batch
 
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others in a collective before it gives up."""
+PATIENCE = timedelta(days=7)
+"""How long it waits for work that one of them does for all, such as tokenizing: such a wait holds no device."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class World:
     """The data-parallel ranks of a run, and what they do together."""
 
     accelerator: Accelerator
+    patient: ProcessGroup | None = None
+    """The ranks again, joined through the processor, with time to wait for one another; None for one process."""
 
     @property
     def ranks(self) -> int:
@@ -65,11 +70,11 @@ class World:
         """Let every rank catch up. All ranks."""
         self.accelerator.wait_for_everyone()
 
-    @contextmanager
-    def first_on_node(self) -> Iterator[None]:
-        """Let one process of each machine do the block before the others. All ranks."""
-        with self.accelerator.local_main_process_first():
-            yield
+    def wait_patiently(self) -> None:
+        """Let every rank catch up, however long one of them works for all; a rank that dies ends the wait. All
+        ranks."""
+        if self.patient is not None:
+            torch.distributed.barrier(self.patient)
 
     def move(self, batch: Batch) -> Batch:
         """Return a batch on this rank's device."""
@@ -80,12 +85,12 @@ class World:
         )
 
     def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sums of named scalars over all ranks. All ranks, with the same names."""
+        """Return the sums of named vectors over all ranks. All ranks, with the same names and sizes."""
         if self.ranks == 1:
             return dict(values)
-        stacked = torch.stack([value.float() for value in values.values()])
-        torch.distributed.all_reduce(stacked)
-        return dict(zip(values, stacked.unbind(), strict=True))
+        joined = torch.cat([value.float() for value in values.values()])
+        torch.distributed.all_reduce(joined)
+        return dict(zip(values, joined.split([len(value) for value in values.values()]), strict=True))
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in rank order. All ranks."""
@@ -150,7 +155,8 @@ def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], folder: 
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return World(accelerator)
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return World(accelerator, torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if joined else None)
 
 
 def _check_environment() -> None:

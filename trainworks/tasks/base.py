@@ -9,7 +9,7 @@ devices.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -21,15 +21,20 @@ from trainworks.metrics import Metric, Prediction, Ratio
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow
     from datasets import Dataset
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from trainworks.data.bad_rows import BadRow
     from trainworks.data.cache import Prepared
     from trainworks.data.loading import Batch, Row
+    from trainworks.data.templates import Agreement
     from trainworks.record import Sample
 
 __all__ = ["Baseline", "Processor", "Task"]
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 Processor = Any
 """A transformers tokenizer, image processor or processor: they share no base class."""
@@ -52,6 +57,8 @@ class Task(Settings, ABC):
     """The transformers Auto class that loads its models."""
     pipeline_tag: ClassVar[str]
     """The Hub's name of the task."""
+    can_pack: ClassVar[bool] = False
+    """Whether several rows may share a line of a batch (`batch.pack`): `collate` then heeds each row's `pack`."""
     reads: ClassVar[str] = "tokenizer"
     """What turns its rows into tensors: `tokenizer` or `image_processor`."""
 
@@ -59,6 +66,11 @@ class Task(Settings, ABC):
         """Return the columns it reads, each with its kind (`text`, `label`, `messages`, `any`); checked before a model
         loads."""
         return {}
+
+    def flaws(self, rows: Dataset) -> Iterator[BadRow]:
+        """Yield the rows that cannot be used, by number from 0, for what their columns' kinds do not tell; none by
+        default."""
+        return iter(())
 
     def resolve(self, rows: Dataset) -> Self:
         """Return the task with what only the training rows can tell filled in, such as the class names."""
@@ -69,6 +81,14 @@ class Task(Settings, ABC):
         serve."""
         return processor
 
+    def stated(self) -> str:
+        """Return what the log says of how rows are read; empty where there is nothing to choose."""
+        return ""
+
+    def ends(self, processor: Processor) -> tuple[int, ...]:
+        """Return the token ids that end what a model trained on this task says; empty where it says nothing."""
+        return ()
+
     def head(self) -> dict[str, Any]:
         """Return what the model's configuration must say for this task, such as `num_labels`."""
         return {}
@@ -76,14 +96,37 @@ class Task(Settings, ABC):
     def verify(self, model: PreTrainedModel) -> None:
         """Prove on a few tokens what the task takes for granted of the model; ConfigError when it does not hold."""
 
+    def verify_packing(self, model: PreTrainedModel, processor: Processor) -> None:
+        """Prove on a few tokens that the model keeps packed rows apart; ConfigError when it does not. Called where rows
+        are packed."""
+
     @abstractmethod
-    def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
-        """Turn rows into training sequences; a column `length`, where there is one, counts each one's tokens."""
+    def prepare(self, rows: Dataset, processor: Processor, *, first: int = 0) -> Prepared:
+        """Turn rows into training sequences; a column `length`, where there is one, counts each one's tokens.
+
+        Called on a part of the rows at a time, in several processes at once, so each row is seen by itself. `first` is
+        the number of the part's first row in the split: a DataError names rows by their number there.
+        """
+
+    def arrange(self, samples: Dataset) -> Iterator[pyarrow.Table] | None:
+        """Yield the samples that all of `prepare`'s make together, where they do not come of one row each; None
+        where they do."""
+        return None
 
     def facts(self, samples: Dataset) -> dict[str, Any]:
         """Return what the record says of prepared samples: fields of `SplitFacts`, such as tokens, counted, labels."""
         tokens = 0 if (sizes := lengths(samples)) is None else int(sizes.sum())
         return {"tokens": tokens, "counted": tokens}
+
+    def learned(self, row: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+        """Return which of a prepared row's tokens the loss counts, [tokens]; none where its labels are no tokens."""
+        import numpy as np
+
+        return np.zeros(len(row["input_ids"]), dtype=np.bool_)
+
+    def agreement(self, rows: Dataset, processor: Processor) -> Agreement | None:
+        """Compare some rows with what the model is given at inference; None where nothing can differ."""
+        return None
 
     def fingerprint(self, processor: Processor) -> str:
         """Return a digest of all of the processor that decides what `prepare` makes."""
@@ -108,7 +151,7 @@ class Task(Settings, ABC):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the model is called with."""
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+        return {name: batch[name] for name in _INPUTS if name in batch}
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

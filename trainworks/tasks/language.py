@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainworks.data.text import IGNORED, pad
 from trainworks.errors import ConfigError
 from trainworks.metrics import Metric, Ratio
 from trainworks.record import Sample
 from trainworks.tasks.base import Processor, Task
+from trainworks.tasks.packing_proof import keeps_apart
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,16 +29,25 @@ __all__ = ["LanguageTask"]
 _SHOWN = 3
 
 
+def _lines(packs: Sequence[int]) -> list[NDArray[np.int64]]:
+    """Return the places of the rows on each line, of the line that each row is on."""
+    return np.split(np.arange(len(packs)), np.flatnonzero(np.diff(packs)) + 1)
+
+
 class LanguageTask(Task, ABC):
     """Next-token prediction over prepared rows of `input_ids` and, where only part is learned, `trained`."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     pipeline_tag: ClassVar[str] = "text-generation"
+    can_pack: ClassVar[bool] = True
 
     def equip(self, processor: Processor) -> Processor:
         """Pad with the end token where there is no padding token: padding is never attended to nor learned."""
         if processor.eos_token_id is None:
-            raise ConfigError(f"the tokenizer of {processor.name_or_path} has no end-of-text token to learn to stop by")
+            raise ConfigError(
+                f"the tokenizer of {processor.name_or_path} has no end-of-text token to learn to stop by; set "
+                "eos_token in its tokenizer_config.json"
+            )
         if processor.pad_token_id is None:
             processor.pad_token = processor.eos_token
         return processor
@@ -68,43 +79,88 @@ class LanguageTask(Task, ABC):
                 "loss than its own; please report the architecture"
             )
 
-    def collate(self, rows: Sequence[Row], processor: Processor, *, train: bool) -> Batch:
-        """Return `input_ids` and `labels`, [rows, longest], each label being the token that follows; not learned is
-        -100."""
+    def verify_packing(self, model: PreTrainedModel, processor: Processor) -> None:
+        """Prove that rows on one line have the states they have alone.
+
+        Refused are models whose state runs on from row to row (Mamba, RWKV), and those that do not heed `position_ids`.
+        """
         import torch
 
+        from trainworks.models import vocabulary
+
+        def states(rows: Sequence[NDArray[Any]], lines: Sequence[int]) -> Tensor:
+            given = [{"input_ids": row, "pack": line} for row, line in zip(rows, lines, strict=True)]
+            made = self.collate(given, processor, train=False)
+            batch = {name: values.to(model.device) for name, values in made.items()}
+            return self._hidden(model, batch)[batch["labels"] != IGNORED].double()
+
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            apart = keeps_apart(states, vocabulary(model), eps=torch.finfo(model.dtype).eps)
+        model.train(training)
+        if not apart:
+            raise ConfigError(
+                f"batch.pack: {type(model).__name__} does not keep packed rows apart, as a model cannot that carries a "
+                "recurrent state along or does not heed position_ids; leave batch.pack out, or take another "
+                "architecture, such as a Llama, Qwen or GPT-2 model"
+            )
+
+    def collate(self, rows: Sequence[Row], processor: Processor, *, train: bool) -> Batch:
+        """Return `input_ids` and `labels`, [lines, longest], each label being the token that follows; not learned is
+        -100.
+
+        `row`, of the same shape, tells whose row a token is (padding, which learns nothing, is put down to the first),
+        and `learned` [rows] how many tokens each row learns. Where rows share a line, `position_ids` begin anew with
+        each: by that, and by the absence of an attention mask, transformers knows to keep them apart, in every kind
+        of layer that has a mask. Each place of padding is then a row of its own.
+        """
+        import torch
+
+        def lay(parts: Sequence[NDArray[Any]], value: int) -> Tensor:
+            return torch.from_numpy(pad([np.concatenate([parts[row] for row in line]) for line in lines], value))
+
+        lines = _lines([row.get("pack", place) for place, row in enumerate(rows)])
         ids = [row["input_ids"] for row in rows]
+        # A filler learns nothing: what it says is not even computed.
         targets = [
-            np.where(row["trained"], row["input_ids"], IGNORED) if "trained" in row else row["input_ids"]
-            for row in rows
+            np.where(row.get("trained", True) & (row.get("weight", 1.0) > 0), row["input_ids"], IGNORED) for row in rows
         ]
         batch = {
-            "input_ids": torch.from_numpy(pad([row[:-1] for row in ids], processor.pad_token_id)),
-            "labels": torch.from_numpy(pad([row[1:] for row in targets], IGNORED)),
+            "input_ids": lay([row[:-1] for row in ids], processor.pad_token_id),
+            "labels": lay([row[1:] for row in targets], IGNORED),
+            "row": lay([np.full(len(row) - 1, place) for place, row in enumerate(ids)], 0),
+            "learned": torch.tensor([int((row[1:] != IGNORED).sum()) for row in targets]),
         }
-        if len({len(row) for row in ids}) > 1:
-            batch["attention_mask"] = torch.from_numpy(pad([np.ones(len(row) - 1) for row in ids], 0))
+        if len(lines) < len(rows):
+            batch["position_ids"] = lay([np.arange(len(row) - 1) for row in ids], 0)
+        elif len({len(row) for row in ids}) > 1:
+            batch["attention_mask"] = lay([np.ones(len(row) - 1) for row in ids], 0)
         return batch
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return how many tokens each row learns."""
-        return {"loss": (batch["labels"] != IGNORED).sum(-1)}
+        return {"loss": batch["learned"]}
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Return each row's summed cross-entropy in nats."""
-        from trainworks.models import Head, backbone
+        from trainworks.models import Head
 
-        hidden = backbone(model)(**self.inputs(batch), use_cache=False).last_hidden_state
-        return self.loss_from(hidden, Head(model), batch)
+        return self.loss_from(self._hidden(model, batch), Head(model), batch)
+
+    def _hidden(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return the last states [lines, longest, width]."""
+        from trainworks.models import backbone
+
+        # With a cache, transformers does not look for rows in position_ids, and packed ones would see one another.
+        hidden: Tensor = backbone(model)(**self.inputs(batch), use_cache=False).last_hidden_state
+        return hidden
 
     def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return each row's summed cross-entropy from the last states, [rows, length, width]."""
-        from torch.nn.functional import cross_entropy
-
-        labels = batch["labels"]
-        logits = head(hidden).float()
-        losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return {"loss": losses.view_as(labels).sum(-1)}
+        """Return each row's summed cross-entropy from the last states, [lines, longest, width]."""
+        rows = batch["row"].flatten()
+        losses = head.losses(hidden.flatten(0, 1), batch["labels"].flatten(), ignored=IGNORED)
+        return {"loss": losses.new_zeros(len(batch["learned"])).index_add(0, rows, losses)}
 
     def loss_metrics(self) -> dict[str, Metric]:
         """Return the loss in nats per token, and its exponential."""
@@ -113,6 +169,16 @@ class LanguageTask(Task, ABC):
     def prompt(self, row: dict[str, Any]) -> int:
         """Return how many of a prepared row's tokens are given when an answer is asked for."""
         raise NotImplementedError
+
+    def ends(self, processor: Processor) -> tuple[int, ...]:
+        """Return the end-of-text token."""
+        return (processor.eos_token_id,)
+
+    def learned(self, row: Mapping[str, Any]) -> NDArray[np.bool_]:
+        """Return which of a row's tokens are predicted: the `trained` ones, or all, and never the first."""
+        learned = np.array(row["trained"] if "trained" in row else np.ones(len(row["input_ids"])), dtype=np.bool_)
+        learned[:1] = False
+        return learned
 
     def show(self, model: PreTrainedModel, rows: Dataset, processor: Processor) -> tuple[Sample, ...]:
         """Return what the model says, greedily, to the first rows."""
@@ -125,20 +191,19 @@ class LanguageTask(Task, ABC):
         import torch
 
         ids, given = row["input_ids"], self.prompt(row)
-        # A template may close a turn with a special token of its own, and a line break after it.
-        ends = [int(token) for token in ids[given:] if token in processor.all_special_ids][-1:]
+        others = np.flatnonzero(~self.learned(row)[given:])
+        answer = ids[given : given + int(others[0])] if len(others) else ids[given:]
         prompt = torch.from_numpy(ids[:given].astype(np.int64))[None].to(model.device)
         said = model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max(8, min(64, len(ids) - given + 16)),
+            max_new_tokens=max(8, min(64, len(answer) + 16)),
             do_sample=False,
-            eos_token_id=sorted({processor.eos_token_id, *ends}),
+            eos_token_id=list(self.ends(processor)),
             pad_token_id=processor.pad_token_id,
         )
-        text = (
-            processor.decode(part, skip_special_tokens=True).strip()
-            for part in (ids[:given], ids[given:], said[0, given:])
+        reference, output = (
+            processor.decode(part, skip_special_tokens=True).strip() for part in (answer, said[0, given:])
         )
-        prompt_text, reference, output = text
-        return Sample(prompt=prompt_text, reference=reference, output=output)
+        # With the template's markers, or a reader could not tell one turn from the next.
+        return Sample(prompt=processor.decode(ids[:given]).strip(), reference=reference, output=output)

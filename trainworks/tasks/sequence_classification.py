@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, Strict
 
-from trainworks.data.cache import Prepared, table
+from trainworks.data.bad_rows import BadRow, BadRowsError
+from trainworks.data.cache import Prepared, ragged, table
 from trainworks.data.columns import Kind, class_ids, class_names
 from trainworks.data.text import pad
 from trainworks.errors import ConfigError, DataError
@@ -51,6 +52,13 @@ class SequenceClassification(Task):
         texts: dict[str, Kind] = {self.text: "text"} if self.pair is None else {self.text: "text", self.pair: "text"}
         return {**texts, self.label: "label"}
 
+    def flaws(self, rows: Dataset) -> Iterator[BadRow]:
+        """Yield rows without a label, or with one that is no class."""
+        try:
+            class_ids(rows, self.label, self.labels)
+        except BadRowsError as error:
+            yield from error.problems
+
     def resolve(self, rows: Dataset) -> Self:
         """Return the task with its class names."""
         names = self.labels or class_names(rows, self.label)
@@ -76,25 +84,22 @@ class SequenceClassification(Task):
             "label2id": {name: number for number, name in enumerate(self.labels)},
         }
 
-    def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
+    def prepare(self, rows: Dataset, processor: Processor, *, first: int = 0) -> Prepared:
         """Return one sample a row; texts longer than `max_length` are cut and the tokens cut are counted."""
         texts = (rows[self.text][:],) if self.pair is None else (rows[self.text][:], rows[self.pair][:])
-        whole = processor(*texts)["input_ids"]
-        cut = [max(0, len(ids) - self.max_length) for ids in whole]
+        whole = dict(processor(*texts, verbose=False))
+        cut = [max(0, len(ids) - self.max_length) for ids in whole["input_ids"]]
         if any(cut) and self.too_long == "error":
             number = int(np.argmax(np.array(cut) > 0))
             raise DataError(
-                f"row {number}: {len(whole[number])} tokens, task.max_length is {self.max_length}; raise it, or say "
-                "task.too_long: truncate"
+                f"row {first + number}: {self.max_length + cut[number]} tokens, task.max_length is {self.max_length}; "
+                "raise it, or say task.too_long: truncate"
             )
-        encoded = (
-            dict(processor(*texts, truncation=True, max_length=self.max_length))
-            if any(cut)
-            else dict(processor(*texts))
-        )
-        encoded["labels"] = class_ids(rows, self.label, self.labels)
-        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
-        return Prepared(table(encoded), {"tokens cut": sum(cut)} if any(cut) else {})
+        encoded = dict(processor(*texts, truncation=True, max_length=self.max_length)) if any(cut) else whole
+        columns: dict[str, Any] = {name: ragged(ids, np.int32) for name, ids in encoded.items()}
+        columns["labels"] = class_ids(rows, self.label, self.labels, first=first)
+        columns["length"] = [len(ids) for ids in encoded["input_ids"]]
+        return Prepared(table(columns), {"tokens cut": sum(cut)})
 
     def facts(self, samples: Dataset) -> dict[str, Any]:
         """Return the tokens, one counted label a row, and the rows of each class."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, Strict
 
-from trainworks.data.cache import Prepared, table
+from trainworks.data.cache import Prepared, ragged, table
 from trainworks.data.columns import Kind
-from trainworks.data.text import FORMATS, Conversation, conversations
+from trainworks.data.conversations import FORMATS, dialogues, flaws, recognised
+from trainworks.data.sequences import encoded, fitted, learns
+from trainworks.data.templates import Agreement, Conversation, agreement, answer_ends
 from trainworks.errors import ConfigError, DataError
 from trainworks.tasks.base import Processor
 from trainworks.tasks.language import LanguageTask
@@ -18,48 +22,83 @@ from trainworks.tasks.language import LanguageTask
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from trainworks.data.bad_rows import BadRow
+
 __all__ = ["SFT"]
+
+_NAMED = 5
+_COMPARED = 200
 
 
 class SFT(LanguageTask):
     """Learn the assistant's turns of chat or instruction rows, through the tokenizer's own chat template."""
 
     type: Literal["sft"] = "sft"
-    format: Literal["auto", "messages", "prompt-completion", "instruction"] = "auto"
-    """Shape of the rows; `auto` tells it by the columns there are."""
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "prompt-completion",
+        "prompt-completion-messages",
+        "instruction",
+        "tokens",
+        "text",
+    ] = "auto"
+    """Shape of the rows: OpenAI `messages`, ShareGPT `conversations`, prompt and completion (texts, or lists of
+    messages), Alpaca's instruction, input and output, `input_ids` with `labels`, or `text` without a template. `auto`
+    tells it by the columns there are."""
+    learn: Literal["all", "last", "weighted"] = "all"
+    """Which of the assistant's turns are learned: all, the last, or those whose `weight` is not 0."""
+    turns: Literal["together", "apart"] = "together"
+    """`apart` makes each learned turn a sample of its own that ends with it, as at inference; for templates that
+    rewrite earlier turns."""
     max_length: Annotated[int, Strict(), Field(gt=1)]
     """Longest conversation in tokens, template included."""
-    too_long: Literal["error", "truncate", "drop"] = "error"
-    """What becomes of a longer one; what is cut or dropped is counted in the record."""
+    too_long: Literal["error", "truncate", "split", "drop"] = "error"
+    """What becomes of a longer one; `split` cuts it before user turns and repeats the system turn. What is cut, split
+    or dropped is counted in the record."""
+    nothing_to_learn: Literal["error", "drop"] = "error"
+    """What becomes of a row in which no token is learned; what is dropped is counted in the record."""
     template: str | None = None
     """A .jinja file with a chat template, for a tokenizer that has none, or to replace its own."""
 
     def columns(self) -> dict[str, Kind]:
         """Return the columns of the resolved format."""
-        return {name: "messages" if name == "messages" else "text" for name in FORMATS[self.format][0]}
+        return FORMATS[self.format].columns
 
     def resolve(self, rows: Dataset) -> Self:
-        """Return the task with its format told by the columns."""
-        if self.format != "auto":
-            return self
-        for name, (needed, _) in FORMATS.items():
-            if set(needed) <= set(rows.column_names):
-                return self.model_copy(update={"format": name})
-        shapes = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
-        raise DataError(
-            f"no known shape of conversation: the columns are {', '.join(rows.column_names)}; known are {shapes}. "
-            "Rename yours, as in data.columns: {prompt: question, completion: answer}"
-        )
+        """Return the task with its format told by the columns; DataError when they tell none."""
+        return self if self.format != "auto" else self.model_copy(update={"format": recognised(rows)})
+
+    def flaws(self, rows: Dataset) -> Iterator[BadRow]:
+        """Yield conversations with wrong roles, contents or weights."""
+        return flaws(rows, self.format, learn=self.learn)
+
+    def stated(self) -> str:
+        """Return how rows are read, for the log."""
+        told = ", ".join(FORMATS[self.format].columns)
+        how = {"all": "all of the assistant's turns", "last": "its last turn", "weighted": "turns with weight 1"}
+        what = how[self.learn] if self._through_template() else "every token that is not masked"
+        return f"format {self.format} (columns {told}), learning {what}"
+
+    def _through_template(self) -> bool:
+        return FORMATS[self.format].read is not None
 
     def equip(self, processor: Processor) -> Processor:
-        """Put the template in place; ConfigError when there is none."""
+        """Put the template in place; ConfigError when there is none, or when it cannot be trained with."""
         processor = super().equip(processor)
         if self.template is not None:
             processor.chat_template = self._read_template(self.template)
+        if not self._through_template():
+            return processor
         if processor.chat_template is None:
             raise ConfigError(
                 f"the tokenizer of {processor.name_or_path} has no chat template; name a .jinja file in task.template"
             )
+        try:
+            answer_ends(processor)
+        except DataError as error:
+            raise ConfigError(f"the chat template, tried on one question and its answer: {error}") from error
         return processor
 
     def _read_template(self, name: str) -> str:
@@ -68,37 +107,60 @@ class SFT(LanguageTask):
         except OSError as error:
             raise ConfigError(f"task.template: {name}: cannot be read: {error.strerror}") from error
 
-    def prepare(self, rows: Dataset, processor: Processor) -> Prepared:
-        """Return conversations as `input_ids` and `trained`, with the over-long ones treated as the task says."""
-        dropped = {"too long": 0, "tokens cut": 0}
-        kept: list[Conversation] = []
-        for number, conversation in enumerate(conversations(rows, self.format, processor)):
-            fitted = self._fit(conversation, number, dropped)
-            kept.extend(fitted)
-        if not kept:
-            raise DataError("no conversation is left to learn from: all were longer than task.max_length")
-        columns = {
-            "input_ids": [conversation.input_ids for conversation in kept],
-            "trained": [conversation.trained for conversation in kept],
-            "length": [len(conversation.input_ids) - 1 for conversation in kept],
-        }
-        return Prepared(table(columns), {reason: count for reason, count in dropped.items() if count})
+    def ends(self, processor: Processor) -> tuple[int, ...]:
+        """Return the end token, and the token the template closes a turn with."""
+        return answer_ends(processor) if self._through_template() else super().ends(processor)
 
-    def _fit(self, conversation: Conversation, number: int, dropped: dict[str, int]) -> list[Conversation]:
-        excess = len(conversation.input_ids) - self.max_length
-        if excess <= 0:
-            return [conversation]
-        if self.too_long == "error":
-            raise DataError(
-                f"row {number}: {len(conversation.input_ids)} tokens, task.max_length is {self.max_length}; raise it, "
-                "or say task.too_long: truncate or drop"
-            )
-        shortened = Conversation(conversation.input_ids[: self.max_length], conversation.trained[: self.max_length])
-        if self.too_long == "drop" or not shortened.trained[1:].any():
-            dropped["too long"] += 1
-            return []
-        dropped["tokens cut"] += excess
-        return [shortened]
+    def agreement(self, rows: Dataset, processor: Processor) -> Agreement | None:
+        """Compare the first rows with what the template gives at inference; None for rows without a template."""
+        if not self._through_template():
+            return None
+        some = rows.select(range(min(_COMPARED, len(rows))))
+        groups = dialogues(some, self.format, learn=self.learn, turns=self.turns)
+        return agreement([dialogue for group in groups for dialogue in group], processor)
+
+    def prepare(self, rows: Dataset, processor: Processor, *, first: int = 0) -> Prepared:
+        """Return conversations as `input_ids` and `trained`; those that are too long, or teach nothing, are treated as
+        the task says."""
+        counts: Counter[str] = Counter()
+        kept: list[Conversation] = []
+        barren: list[int] = []
+        long: dict[int, int] = {}
+        for source in encoded(rows, self.format, processor, learn=self.learn, turns=self.turns, first=first):
+            size = len(source.conversation.input_ids)
+            if size > self.max_length and self.too_long == "error":
+                long[source.row] = size
+                continue
+            parts = fitted(source, self.max_length, self.too_long, counts) if learns(source.conversation) else None
+            useful = [part for part in parts or () if learns(part)]
+            if not useful and parts != []:  # none is left of a row that was dropped for its length, and counted
+                barren.append(source.row)
+            else:
+                counts["parts with nothing to learn"] += len(parts or ()) - len(useful)
+            kept += useful
+        if long:
+            raise DataError(self._too_long(long))
+        if barren and self.nothing_to_learn == "error":
+            raise DataError(self._nothing(barren))
+        counts["nothing to learn"] = len(barren)
+        return Prepared(_samples(kept), {reason: count for reason, count in counts.items() if count})
+
+    def _too_long(self, rows: dict[int, int]) -> str:
+        row, size = next(iter(rows.items()))
+        more = f" ({len(rows) - 1:,} more are too long, the longest is {max(rows.values()):,})" if len(rows) > 1 else ""
+        return (
+            f"row {row}: {size:,} tokens, task.max_length is {self.max_length}{more}; raise it, or say what becomes of "
+            "longer rows: task.too_long: truncate, split or drop"
+        )
+
+    def _nothing(self, rows: list[int]) -> str:
+        named = ("rows " if len(rows) > 1 else "row ") + ", ".join(map(str, rows[:_NAMED]))
+        more = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
+        return (
+            f"{named}{more}: nothing to learn (no text of the assistant's that task.learn: {self.learn} trains on, or "
+            f"it lies behind task.max_length: {self.max_length}); mend these rows, or leave them out with "
+            "task.nothing_to_learn: drop"
+        )
 
     def facts(self, samples: Dataset) -> dict[str, Any]:
         """Return the tokens, and how many of them are learned."""
@@ -108,3 +170,13 @@ class SFT(LanguageTask):
     def prompt(self, row: dict[str, Any]) -> int:
         """Give everything before the first token that is learned."""
         return max(1, int(np.argmax(row["trained"])))
+
+
+def _samples(conversations: Sequence[Conversation]) -> Dataset:
+    return table(
+        {
+            "input_ids": ragged([conversation.input_ids for conversation in conversations], np.int32),
+            "trained": ragged([conversation.trained for conversation in conversations], np.bool_),
+            "length": np.array([len(conversation.input_ids) - 1 for conversation in conversations], dtype=np.int64),
+        }
+    )

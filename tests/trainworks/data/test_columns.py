@@ -2,6 +2,7 @@ import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features
 
+from trainworks.data.bad_rows import BadRowsError
 from trainworks.data.columns import class_ids, class_names, fingerprint, rename, require_columns
 from trainworks.errors import DataError
 
@@ -79,18 +80,18 @@ def test_labels_of_selected_rows_are_those_of_the_selection():
 
 
 def test_a_label_outside_the_declared_classes_is_named_with_its_row():
-    with pytest.raises(DataError, match=r"1 of 3 labels .*row 2: 7; rows count from 0.*classes are: neg, pos"):
+    with pytest.raises(DataError, match=r"row 2 .*'label': unknown label; found 7; the 2 classes are: neg, pos"):
         class_ids(polarity([0, 1, 7]), "label", ("neg", "pos"))
 
 
 def test_a_label_the_training_rows_never_had_is_named_with_its_row():
-    with pytest.raises(DataError, match="row 1: 'maybe'"):
+    with pytest.raises(DataError, match=r"row 1 .*'label': unknown label; found 'maybe'"):
         class_ids(Dataset.from_dict({"label": ["yes", "maybe"]}), "label", ("no", "yes"))
 
 
 @pytest.mark.parametrize("call", [class_names, lambda rows, column: class_ids(rows, column, ("a",))])
 def test_a_null_label_is_named_with_its_row(call):
-    with pytest.raises(DataError, match="1 of 3 labels are null, the first in row 1"):
+    with pytest.raises(DataError, match=r"row 1 .*'label': null label"):
         call(Dataset.from_dict({"label": ["a", None, "a"]}), "label")
 
 
@@ -137,3 +138,11 @@ def test_a_fingerprint_changes_with_any_value_its_order_and_its_split(column):
 def test_text_cannot_move_between_rows_or_nulls_unnoticed():
     kinds = [["ab", ""], ["a", "b"], ["", "ab"], [None, "ab"], ["ab", None]]
     assert len({fingerprint(pa.table({"text": pa.array(values, pa.string())})) for values in kinds}) == len(kinds)
+
+
+def test_every_null_text_is_named_by_its_row() -> None:
+    rows = Dataset.from_dict({"text": ["a", None, "b", None], "other": [None, "x", None, None]})
+    with pytest.raises(BadRowsError) as caught:
+        require_columns(rows, {"text": "text", "other": "any"}, source="rows.jsonl")
+    assert [(problem.row, problem.column) for problem in caught.value.problems] == [(1, "text"), (3, "text")]
+    assert "rows.jsonl: row 1 (from 0), column 'text': null text; give every row a value there" in str(caught.value)

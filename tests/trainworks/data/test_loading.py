@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from trainworks.data.cache import table
-from trainworks.data.loading import Batch, Row, Window, evaluation_batches, windows
+from trainworks.data.loading import Batch, Row, Samples, Window, evaluation_batches, windows
 from trainworks.data.order import Plan
+from trainworks.data.packing import alone, pack
 
 SIZES = [random.Random(0).randint(1, 30) for _ in range(50)]
 PLAN = Plan(seed=9, num_samples=50, per_step=12, total=70)
@@ -24,13 +25,26 @@ def rows() -> Any:
 
 def collate(rows: Sequence[Row]) -> Batch:
     # What an augmentation would draw: a function of the row's own seed, whichever batch it is in.
-    return {"draw": torch.tensor([random.Random(row["seed"]).random() for row in rows])}
+    return {
+        "draw": torch.tensor([random.Random(row["seed"]).random() for row in rows]),
+        "line": torch.tensor([row["pack"] for row in rows]),
+    }
 
 
 def taken(ranks: int, *, micro: int = 4, start: int = 0, workers: int = 0) -> list[list[Window]]:
     return [
         list(
-            windows(rows(), PLAN, collate, start=start, ranks=ranks, rank=rank, micro=micro, workers=workers, pin=False)
+            windows(
+                Samples(rows(), alone(50)),
+                PLAN,
+                collate,
+                start=start,
+                ranks=ranks,
+                rank=rank,
+                micro=micro,
+                workers=workers,
+                pin=False,
+            )
         )
         for rank in range(ranks)
     ]
@@ -114,3 +128,51 @@ def test_loading_draws_nothing_from_the_global_states() -> None:
     list(evaluation_batches(rows(), collate, ranks=1, rank=0, micro=4))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # noqa: NPY002
+
+
+PACKS = pack(np.array(SIZES), 40)
+
+
+def taken_packed(ranks: int, *, start: int = 0) -> list[list[Window]]:
+    plan = Plan(seed=9, num_samples=len(PACKS), per_step=6, total=len(PACKS) + 4)
+    samples = Samples(rows(), PACKS)
+    return [
+        list(windows(samples, plan, collate, start=start, ranks=ranks, rank=rank, micro=2, workers=0, pin=False))
+        for rank in range(ranks)
+    ]
+
+
+def test_packed_samples_bring_all_their_rows() -> None:
+    alone_in_epoch = {row: draw for step in contents(taken(1))[:4] for row, draw in step.items()}
+    steps = contents(taken_packed(1))
+    first = [row for step in steps[: len(PACKS) // 6] for row in step]
+    assert len(first) == len(set(first)) > 40
+    # What a row draws does not depend on the company it is in.
+    drawn = {row: draw for step in steps[: len(PACKS) // 6] for row, draw in step.items()}
+    assert len(drawn.keys() & alone_in_epoch.keys()) > 40
+    assert all(drawn[row] == alone_in_epoch[row] for row in drawn.keys() & alone_in_epoch.keys())
+
+
+def test_rows_of_one_sample_stand_on_one_line() -> None:
+    owner = {row: sample for sample in range(len(PACKS)) for row in PACKS.take(np.array([sample]))[0].tolist()}
+    for window in taken_packed(1)[0]:
+        for batch in window.batches:
+            lines: dict[int, set[int]] = {}
+            for row, line in zip(batch["index"].tolist(), batch["line"].tolist(), strict=True):
+                lines.setdefault(line, set()).add(owner[row])
+            assert sorted(lines) == list(range(len(lines)))
+            assert [len(owners) for owners in lines.values()] == [1] * len(lines)
+
+
+def test_packed_steps_are_the_same_on_every_number_of_ranks_and_from_any_start() -> None:
+    whole = contents(taken_packed(1))
+    assert contents(taken_packed(4)) == whole  # three rounds of samples for four ranks: some are fillers
+    assert contents(taken_packed(3, start=2)) == whole[2:]
+
+
+def test_packed_steps_count_samples_and_all_their_tokens() -> None:
+    windows_of_rank = taken_packed(2)[1]
+    full, rest = divmod(len(PACKS) + 4, 6)
+    assert [window.samples for window in windows_of_rank] == [6] * full + ([rest] if rest else [])
+    for window, step in zip(windows_of_rank, contents(taken_packed(2)), strict=True):
+        assert window.tokens == sum(SIZES[row] for row in step)

@@ -60,6 +60,6 @@ def test_the_ranks_shares_are_the_step_and_as_many(ranks: int, micro: int, numbe
     shares = [deal(keys, ranks=ranks, rank=rank, micro=micro) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     assert all(1 <= len(batch) <= micro for share in shares for batch in share)
-    counted = [key.row for share in shares for batch in share for key in batch if key.weight]
+    counted = [key.sample for share in shares for batch in share for key in batch if key.weight]
     assert sorted(counted) == list(range(100, 100 + number))
-    assert all(key.row == 100 for share in shares for batch in share for key in batch if not key.weight)
+    assert all(key.sample == 100 for share in shares for batch in share for key in batch if not key.weight)

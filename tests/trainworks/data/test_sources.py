@@ -97,38 +97,55 @@ def test_whole_numbers_and_fractions_nulls_and_absent_keys_go_together_in_jsonl(
 
 def test_a_type_that_changes_after_thousands_of_rows_is_found(tmp_path):
     lines = ['{"x": null, "y": 1}'] * 12_000 + ['{"x": "a", "y": 1}'] * 12_000 + ['{"x": 3, "y": 1}'] * 5
-    with pytest.raises(DataError, match=r"a\.jsonl:24001: column 'x' holds string before, here 3"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:24001: row 24000 .*, column 'x': type changes, string before; found 3"
+    ):
         everything(write_lines(tmp_path / "a.jsonl", *lines))
 
 
 BAD = {
     "broken.jsonl": (
         '{"a": 1}\n\n{"a": 2\n',
-        r"broken\.jsonl:3: broken JSON, Expecting.*: \{\"a\": 2; expected one JSON object",
+        r"broken\.jsonl:3: row 1 \(from 0\): broken JSON, Expecting.*; found \{\"a\": 2; expected one JSON object",
     ),
     "long.jsonl": (
         '{"a": ' + "x" * 500 + "}",
-        r"long\.jsonl:1: broken JSON, Expecting value: \{\"a\": x{40}; expected",
+        r"long\.jsonl:1: row 0 \(from 0\): broken JSON, Expecting value; found \{\"a\": x{74}; expected",
     ),
-    "kind.jsonl": ('{"a": "x"}\n{"a": 1}\n', r"kind\.jsonl:2: column 'a' holds string before, here 1; one type"),
-    "flag.jsonl": ('{"a": 1}\n{"a": true}\n', r"flag\.jsonl:2: column 'a' holds int64 before, here true"),
-    "inner.jsonl": ('{"a": [{"b": "x"}]}\n{"a": [{"b": 2}]}\n', r"inner\.jsonl:2: column 'a' holds list"),
-    "huge.jsonl": ('{"a": 1}\n{"a": 99999999999999999999}\n', r"huge\.jsonl:2: column 'a': .*too large"),
-    "half.jsonl": ('{"a": "x"}\n{"a": "\\ud800"}\n', r"half\.jsonl:2: column 'a': .*surrogates"),
-    "list.jsonl": ("[1]\n", r"list\.jsonl:1: expected an object \{column: value\}, found \[1\]"),
-    "deep.jsonl": ("[" * 100_000, r"deep\.jsonl:1: broken JSON, nested too deep"),
+    "kind.jsonl": (
+        '{"a": "x"}\n{"a": 1}\n',
+        r"kind\.jsonl:2: row 1 .*, column 'a': type changes, string before; found 1; give column 'a' one type",
+    ),
+    "flag.jsonl": (
+        '{"a": 1}\n{"a": true}\n',
+        r"flag\.jsonl:2: row 1 .*, column 'a': type changes, int64 before; found true",
+    ),
+    "inner.jsonl": ('{"a": [{"b": "x"}]}\n{"a": [{"b": 2}]}\n', r"inner\.jsonl:2: .*column 'a': type changes, list"),
+    "huge.jsonl": ('{"a": 1}\n{"a": 99999999999999999999}\n', r"huge\.jsonl:2: .*column 'a': .*too large"),
+    "half.jsonl": ('{"a": "x"}\n{"a": "\\ud800"}\n', r"half\.jsonl:2: .*column 'a': lone surrogate; found"),
+    "list.jsonl": (
+        "[1]\n",
+        r"list\.jsonl:1: row 0 .*not an object; found \[1\]; write each row as an object \{column: value\}",
+    ),
+    "deep.jsonl": ("[" * 100_000, r"deep\.jsonl:1: .*broken JSON, nested too deep"),
     "empty.jsonl": ("", r"empty\.jsonl: the file is empty"),
     "blank.jsonl": ("\n\n", r"blank\.jsonl: there are no rows"),
     "none.json": ("[]", r"none\.json: there are no rows"),
-    "item.json": ('[{"a": 1},\n 7]', r"item\.json: row 1 \(from 0\): expected an object"),
-    "broken.json": ('[{"a": 1},\n {"a": }]', r"broken\.json:2: broken JSON"),
-    "object.json": ('{\n "a": 1\n}', r"object\.json:1: broken JSON.*or one list of objects"),
-    "ragged.csv": ('a,b\n1,"x\ny"\n3\n', r"ragged\.csv:4: 1 cells, but the header names 2"),
+    "item.json": ('[{"a": 1},\n 7]', r"item\.json: row 1 \(from 0\): not an object; found 7"),
+    "broken.json": ('[{"a": 1},\n {"a": }]', r"broken\.json:2: row 1 \(from 0\): broken JSON"),
+    "object.json": ('{\n "a": 1\n}', r"object\.json:1: .*broken JSON.*or one list of objects"),
+    "ragged.csv": (
+        'a,b\n1,"x\ny"\n3\n',
+        r"ragged\.csv:4: row 1 \(from 0\): ragged row, 1 cells, but the header names 2; found 3",
+    ),
     "quote.csv": ('a,b\n1,"x"y\n', r"quote\.csv:2: .*each one inside doubled"),
-    "open.csv": ('a,b\n1,"x\n', r"open\.csv:2: unexpected end of data"),
-    "header.csv": ("a,b\n", r"header\.csv: there are no rows"),
-    "headless.csv": ("1,2.5\n3,4\n", r"headless\.csv:1: the first line must name the columns, found 1, 2\.5"),
-    "twice.tsv": ("a\ta\n1\t2\n", r"twice\.tsv:1: a column is named twice: a, a"),
+    "open.csv": ('a,b\n1,"x\n', r"open\.csv:2: row 0 \(from 0\): broken quotes, unexpected end of data"),
+    "header.csv": ("a,b\n", r"header\.csv:1: no rows, only a header: a, b"),
+    "headless.csv": (
+        "1,2.5\n3,4\n",
+        r"headless\.csv:1: no header, found 1, 2\.5; the first line must name the columns",
+    ),
+    "twice.tsv": ("a\ta\n1\t2\n", r"twice\.tsv:1: column named twice, a, a"),
     "blank.txt": (" \n", r"blank\.txt: there are no rows"),
     "no.parquet": ("PAR1 but not", r"no\.parquet: cannot be read as parquet: "),
     "no.arrow": ("nothing of it", r"no\.arrow: cannot be read as arrow: "),
@@ -142,13 +159,13 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line(name, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=re.compile(message, re.DOTALL)) as caught:
         everything(tmp_path / name)
-    assert len(str(caught.value)) < 500
+    assert all(len(line) < 500 for line in str(caught.value).split("\n"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
 def test_bytes_that_are_not_utf8_are_named_by_line_and_offset(name, tmp_path):
     (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"a": "x"}\n{"a": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=rf"{name}:2: byte 24 of the file \(0xe9\) is not UTF-8"):
+    with pytest.raises(DataError, match=rf"{name}:2: row . \(from 0\): not UTF-8, byte 24 of the file is 0xe9"):
         everything(tmp_path / name)
 
 

@@ -1,0 +1,167 @@
+"""Samples do not depend on how many processes made them, nor on how often they were interrupted."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+
+from trainworks.data import building
+from trainworks.data.building import build
+from trainworks.data.cache import Prepared, folder, table
+from trainworks.errors import DataError
+
+ROWS = [f"row {number} " * random.Random(number).randint(1, 9) for number in range(101)]
+
+
+def rows() -> Dataset:
+    return Dataset.from_dict({"text": ROWS})
+
+
+def prepare(rows: Dataset, *, first: int, seconds: float = 0.0) -> Prepared:
+    """Keep the even rows, say how many are left out, and refuse one by its number in the whole."""
+    time.sleep(seconds)
+    numbers = [first + place for place in range(len(rows))]
+    for number, text in zip(numbers, rows["text"], strict=True):
+        if text == "broken":
+            raise DataError(f"row {number}: broken")
+    kept = [(number, text) for number, text in zip(numbers, rows["text"], strict=True) if number % 2 == 0]
+    lengths = pa.array([len(text) for _, text in kept], pa.int64())
+    columns = {"number": pa.array([number for number, _ in kept], pa.int64()), "length": lengths}
+    return Prepared(table(columns), {"odd": len(rows) - len(kept)})
+
+
+def as_they_are(samples: Dataset) -> None:
+    return None
+
+
+def in_pairs(samples: Dataset) -> Iterator[pa.Table]:
+    numbers = samples["number"][:]
+    for start in range(0, len(numbers), 2):
+        yield pa.table({"pair": [numbers[start : start + 2]]})
+
+
+@pytest.fixture(autouse=True)
+def small_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINWORKS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(building, "_SHARD_ROWS", 7)
+
+
+def files() -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder())): path.read_bytes()
+        for path in folder().rglob("*")
+        if path.is_file() and not path.name.endswith(".lock")
+    }
+
+
+def test_every_row_is_prepared_once_and_what_is_left_out_is_counted() -> None:
+    prepared = build("key", rows(), prepare, as_they_are, workers=1)
+    assert prepared.samples["number"][:] == list(range(0, 101, 2))
+    assert prepared.dropped == {"odd": 50}
+
+
+@pytest.mark.parametrize("arrange", [as_they_are, in_pairs])
+def test_any_number_of_processes_writes_the_same_bytes(arrange: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("key", rows(), prepare, arrange, workers=1)
+    alone = files()
+    assert len(alone) > 1
+
+    monkeypatch.setenv("TRAINWORKS_CACHE", str(folder()) + "-spread")
+    monkeypatch.setattr(building, "_ALONE_SECONDS", 0.0)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    module = __import__("test_building")
+    build("key", rows(), module.prepare, arrange, workers=2)
+    assert files() == alone
+
+
+def test_what_is_there_is_not_prepared_again() -> None:
+    calls = []
+
+    def counted(rows: Dataset, *, first: int) -> Prepared:
+        calls.append(first)
+        return prepare(rows, first=first)
+
+    first = build("key", rows(), counted, in_pairs, workers=1)
+    again = build("key", rows(), counted, in_pairs, workers=1)
+    assert calls == list(range(0, 101, 7))
+    assert again.samples["pair"][:] == first.samples["pair"][:] == [[n, n + 2] for n in range(0, 100, 4)] + [[100]]
+
+
+def test_finished_shards_are_not_done_again_after_an_interruption() -> None:
+    seen = []
+
+    def interrupted(rows: Dataset, *, first: int) -> Prepared:
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(first)
+        return prepare(rows, first=first)
+
+    with pytest.raises(KeyboardInterrupt):
+        build("key", rows(), interrupted, as_they_are, workers=1)
+    seen.append(-1)
+    prepared = build("key", rows(), interrupted, as_they_are, workers=1)
+    assert seen[:5] == [0, 7, 14, 21, 28]
+    assert sorted(seen[6:]) == list(range(35, 101, 7))
+    assert prepared.samples["number"][:] == list(range(0, 101, 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_is_refused_by_its_number_in_the_whole(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list(ROWS)
+    texts[66] = texts[90] = "broken"
+    monkeypatch.setattr(building, "_ALONE_SECONDS", 0.0)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    module = __import__("test_building")
+    with pytest.raises(DataError, match=r"^row 66: broken$"):
+        build("key", Dataset.from_dict({"text": texts}), module.prepare, as_they_are, workers=workers)
+    assert not (folder() / "prepared" / "key").exists()
+
+
+def test_samples_are_mapped_into_memory_not_read() -> None:
+    prepared = build("key", rows(), prepare, as_they_are, workers=1)
+    assert prepared.samples.cache_files
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_building as test
+from functools import partial
+from trainworks.data import building
+building._SHARD_ROWS, building._ALONE_SECONDS = 7, 0.2
+building.build("key", test.rows(), partial(test.prepare, seconds=0.05), test.in_pairs, workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_preparation_killed_at_any_moment_ends_in_the_same_bytes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("key", rows(), prepare, in_pairs, workers=1)
+    undisturbed = files()
+    monkeypatch.setenv("TRAINWORKS_CACHE", str(folder()) + "-killed")
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]
+    draw, kills = random.Random(seed), 0
+    while True:
+        process = subprocess.Popen(command, start_new_session=True)
+        # A process takes some seconds to begin; the moment is drawn over its beginning and its work.
+        try:
+            code = process.wait(timeout=draw.uniform(1.0, 6.0) if kills < 4 else 120.0)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert code == 0
+        break
+    assert files() == undisturbed

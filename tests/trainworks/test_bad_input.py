@@ -1,0 +1,129 @@
+"""Bad input as a run meets it: a row, a column, a tokenizer that cannot be used is refused with its place and mend."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetune
+from trainworks import Data
+from trainworks.errors import ToolkitError
+from trainworks.samples import read_rows
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """Rows with a mistake in row 3, and what must be said of it."""
+
+    task: str
+    wrong: dict[str, Any]
+    words: tuple[str, ...]
+    good: dict[str, Any] = field(default_factory=lambda: {"text": "a cat", "label": "good"})
+
+
+ASK = {"role": "user", "content": "a cat?"}
+SAY = {"role": "assistant", "content": "a dog"}
+RULE = {"role": "system", "content": "be brief"}
+TALK = {"messages": [ASK, SAY]}
+PAIR = {"prompt": "a", "completion": "b"}
+PLACE = "rows.jsonl:4: row 3 (from 0)"
+
+FIXTURES = {
+    "null text": Fixture(
+        "sequence-classification", {"text": None, "label": "good"}, (PLACE, "column 'text': null text")
+    ),
+    "no text": Fixture("sequence-classification", {"label": "good"}, (PLACE, "column 'text': null text")),
+    "null answer": Fixture("sft", {"prompt": "a", "completion": None}, (PLACE, "column 'completion': null text"), PAIR),
+    "null label": Fixture(
+        "sequence-classification", {"text": "a", "label": None}, (PLACE, "column 'label': null label")
+    ),
+    "null messages": Fixture("sft", {"messages": None}, (PLACE, "column 'messages': null messages"), TALK),
+    "unknown role": Fixture(
+        "sft", {"messages": [ASK, SAY | {"role": "robot"}]}, (PLACE, "unknown role, turn 1: role 'robot'", "user"), TALK
+    ),
+    "no answer": Fixture("sft", {"messages": [ASK]}, ("row 3", "nothing to learn"), TALK),
+    "two system turns": Fixture(
+        "sft", {"messages": [RULE, ASK, RULE, SAY]}, (PLACE, "two system turns, turns 0"), TALK
+    ),
+    "no turns": Fixture("sft", {"messages": []}, (PLACE, "no messages, column", "must be a list of messages"), TALK),
+    "null content": Fixture(
+        "sft", {"messages": [ASK, SAY | {"content": None}]}, (PLACE, "content is not text, turn 1"), TALK
+    ),
+    "content of parts": Fixture("sft", {"messages": [ASK, SAY | {"content": ["a"]}]}, (PLACE, "mixed types"), TALK),
+    "text for messages": Fixture("sft", {"messages": "a cat?"}, (PLACE, "column 'messages': type changes"), TALK),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINWORKS_CACHE", str(tmp_path / "cache"))
+
+
+def run(fixture: Fixture, folder: Path, policy: str = "error") -> finetune.Config:
+    path = folder / "rows.jsonl"
+    rows = [dict(fixture.good) for _ in range(12)]
+    for row in rows[::2]:
+        row |= {"label": "bad"} if "label" in row else {}
+    rows[3] = fixture.wrong
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    model = folder / "model"
+    if not model.exists():
+        tiny.save_model(model, fixture.task)
+    config = tiny.config(fixture.task, model, path, folder / "out")
+    return config.model_copy(update={"data": Data(source=str(path), holdout=0, bad_rows=policy)})
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_row_that_cannot_be_learned_from_is_refused_with_its_number(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ToolkitError) as caught:
+        finetune.prepare(run(FIXTURES[name], tmp_path))
+    assert all(word in str(caught.value) for word in FIXTURES[name].words), caught.value
+
+
+@pytest.mark.parametrize("policy", ["skip", "quarantine"])
+@pytest.mark.parametrize("name", [name for name, fixture in FIXTURES.items() if PLACE in fixture.words])
+def test_the_record_says_what_was_left_out_and_where_it_is_listed(name: str, policy: str, tmp_path: Path) -> None:
+    prepared = finetune.prepare(run(FIXTURES[name], tmp_path, policy))
+    (split,) = prepared.record.data.splits
+    assert (split.rows, split.samples) == (12, 11)
+    (reason,) = split.dropped
+    assert reason in str(FIXTURES[name].words)
+    listings = [Path(listing) for listing in prepared.record.data.listings]
+    rows = [json.loads(line) for listing in listings for line in listing.read_text().splitlines()]
+    assert [row["row"] for row in rows] == ([3] if policy == "quarantine" else [])
+
+
+def test_a_column_that_is_missing_is_named_with_those_there_are(tmp_path: Path) -> None:
+    row = {"sentence": "a", "label": "b"}
+    with pytest.raises(ToolkitError, match=r"no column 'text'.*data.columns: \{text: sentence\}"):
+        read_rows(run(Fixture("sequence-classification", row, (), row), tmp_path, "skip"))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_and_one_without_padding_is_not(tmp_path: Path) -> None:
+    config = run(Fixture("sft", PAIR, (), PAIR), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    prepared = finetune.prepare(config)
+    assert prepared.processor.pad_token_id == prepared.processor.eos_token_id
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ToolkitError, match=r"has no end-of-text token.*set eos_token"):
+        finetune.prepare(config)
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path: Path) -> None:
+    config = run(Fixture("sft", PAIR, (), PAIR), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ToolkitError, match=r"tokenizer has 3\d\d tokens, the model 300 embeddings; take the model's own"
+    ):
+        finetune.prepare(config)

@@ -1,0 +1,99 @@
+"""Plain text, one document a file; Parquet and Arrow files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainworks.data.bad_rows import BadRow, BadRows, BadRowsError, excerpt
+from trainworks.data.formats.base import Chunk
+from trainworks.data.formats.lines import whole_text
+
+__all__ = ["arrow_rows", "parquet_rows", "text_rows"]
+
+_DOCUMENT_BYTES = 2**30
+_BATCH = 10_000
+
+
+def text_rows(path: Path, bad: BadRows) -> Iterator[Chunk]:
+    """Yield a file of plain text as one row, its document; nothing for one of white space."""
+    mend = "cut it into documents: several files, or the rows of a .jsonl file with a column `text`"
+    try:
+        text = whole_text(path, most=_DOCUMENT_BYTES, mend=mend).replace("\r\n", "\n")
+    except BadRowsError as error:
+        bad.extend([replace(problem, row=0) for problem in error.problems])
+        return
+    if text.strip():
+        yield Chunk(pa.table({"text": pa.array([text], pa.string())}), np.array([0]), np.array([1]))
+
+
+def parquet_rows(path: Path, bad: BadRows) -> Iterator[Chunk]:
+    """Yield the rows of a Parquet file, some thousands at a time."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, memory_map=True) as file:
+        yield from _checked((pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH)), path, bad)
+
+
+def arrow_rows(path: Path, bad: BadRows) -> Iterator[Chunk]:
+    """Yield the rows of an Arrow stream or file, mapped into memory."""
+    file = pa.memory_map(str(path))
+    try:
+        table = pa.ipc.open_stream(file).read_all()
+    except pa.ArrowInvalid:
+        table = pa.ipc.open_file(file).read_all()
+    yield from _checked((pa.Table.from_batches([batch]) for batch in table.to_batches()), path, bad)
+
+
+def _checked(tables: Iterable[pa.Table], path: Path, bad: BadRows) -> Iterator[Chunk]:
+    """Yield the tables without the rows whose text is not text."""
+    start = 0
+    for table in tables:
+        rows = start + np.arange(len(table))
+        start += len(table)
+        if wrong := _wrong(table):
+            bad.extend([replace(wrong[place], file=str(path), row=int(rows[place])) for place in sorted(wrong)])
+            keep = np.setdiff1d(np.arange(len(table)), list(wrong))
+            table, rows = table.take(keep), rows[keep]
+        if len(table):
+            yield Chunk(table, rows)
+
+
+def _wrong(table: pa.Table) -> dict[int, BadRow]:
+    wrong: dict[int, BadRow] = {}
+    for name, cells in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+            raw = pc.cast(cells, pa.large_binary())
+            if pc.any(pc.match_substring(raw, b"\0")).as_py() or not _is_valid(cells):
+                wrong = dict(_wrong_cells(raw, name)) | wrong
+    return wrong
+
+
+def _is_valid(cells: Any) -> bool:
+    try:
+        cells.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _wrong_cells(cells: Any, column: str) -> Iterator[tuple[int, BadRow]]:
+    for place, cell in enumerate(cells.to_pylist()):
+        text = (cell or b"").decode(errors="backslashreplace")
+        try:
+            at = (cell or b"").decode().find("\0")
+        except UnicodeDecodeError as error:
+            detail = f"byte {error.start} of the cell is 0x{error.object[error.start]:02x}"
+            yield (
+                place,
+                BadRow("not UTF-8", "write the file again with text in UTF-8", detail, excerpt(text), column=column),
+            )
+        else:
+            if at >= 0:
+                yield place, BadRow("NUL character", "remove such characters", excerpt=excerpt(text, at), column=column)
