@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Optim,
         Part,
         Pretrained,
+        Speed,
     )
     from trainworks.tasks import SFT, CausalLM, SequenceClassification
     from trainworks.training import fit
@@ -62,6 +63,7 @@ __all__ = [
     "Run",
     "RunRecord",
     "SequenceClassification",
+    "Speed",
     "ToolkitError",
     "TrainStep",
     "evaluate",
@@ -87,6 +89,7 @@ _SCHEMA = (
     "Optim",
     "Part",
     "Pretrained",
+    "Speed",
 )
 
 __getattr__ = exports(

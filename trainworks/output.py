@@ -15,7 +15,18 @@ __all__ = ["check_folder", "is_complete"]
 
 Config = RunConfig[Any]
 
-_CHANGEABLE = ("about", "every", "trackers", "hub", "goal", "data.workers", "data.prepare_workers", "batch.micro")
+_CHANGEABLE = (
+    "about",
+    "every",
+    "trackers",
+    "hub",
+    "goal",
+    "data.workers",
+    "data.prepare_workers",
+    "data.clean.workers",
+    "data.clean.executor",
+    "batch.micro",
+)
 """Keys that may differ when a run is continued: they do not touch what is learned."""
 
 

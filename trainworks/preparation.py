@@ -22,6 +22,7 @@ from trainworks.record import ModelFacts, RunRecord
 from trainworks.run import Run, Step
 from trainworks.samples import PreparedData, plan
 from trainworks.schema import Batch, RunConfig
+from trainworks.speed.compiling import can_compile, compile_layers
 from trainworks.tasks import Processor, Task
 from trainworks.tracking import check_trackers
 
@@ -74,6 +75,8 @@ def assemble(
     origin = models.fingerprint(model)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class)
     facts = _model_facts(config, model, origin)
+    if config.speed.compile == "on" or (config.speed.compile == "auto" and can_compile(world.device)):
+        compile_layers(model)
     step = world.wrap(Step(model, task, processor))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.
     torch.manual_seed(int(mix(config.seed, world.rank)) % 2**63)

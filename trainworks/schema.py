@@ -42,6 +42,7 @@ __all__ = [
     "Pretrained",
     "Reading",
     "RunConfig",
+    "Speed",
     "Workers",
 ]
 
@@ -317,6 +318,13 @@ class Optim(Settings):
         return self
 
 
+class Speed(Settings):
+    """What makes steps faster and leaves their loss as it is, to rounding."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the model's layers; `auto` does on a GPU. The first step then takes some seconds longer."""
+
+
 Interval = Count | Literal["end"]
 
 
@@ -397,6 +405,8 @@ class RunConfig(Settings, Generic[TaskT]):
     """How long to train."""
     optim: Optim
     """How to train."""
+    speed: Speed = Speed()
+    """How to compute."""
     every: Every = Every()
     """When to log, evaluate, save."""
     metrics: tuple[Name, ...] = ()

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 import model_cards
 from model_cards.vocabulary import LICENSES, PIPELINE_TAGS
-from trainworks.record import DataFacts, EvalReport, ModelFacts, RunRecord, Sample
+from trainworks.record import DataFacts, EvalReport, ModelFacts, RunRecord, Sample, StageFacts
 
 HOSTILE = "---\nlicense: mit\n---\n<script>alert(1)</script> | cell | `code` ``` </pre> [x](javascript:1) $a$ # h"
 
@@ -59,6 +59,23 @@ def test_a_mixture_shows_every_source_and_what_the_model_scores_on_it(
     assert text.index("### manual") < text.index("### reviews")
     assert finetuned.data.fingerprint in text
     assert "/home/me" not in text
+
+
+def test_the_cleaning_of_the_training_rows_is_told_stage_by_stage(pretrained: RunRecord) -> None:
+    assert "Cleaning" not in str(model_cards.build(pretrained))
+    stages = (
+        StageFacts(name="length", rows_in=2600, rows_out=2590, removed={"too short": 7, "too long": 3}),
+        StageFacts(name="decontaminate", rows_in=2590, rows_out=2588, removed={HOSTILE: 2}, found={"items": 1200}),
+    )
+    data = pretrained.data.model_copy(update={"cleaning": stages})
+    body = model_cards.build(changed(pretrained, data=data)).body
+    lines = body[body.index("| Cleaning of train |") :].splitlines()
+    assert lines[0] == "| Cleaning of train | Rows in | Rows out | Left out | Counted |"
+    assert lines[2] == "| length | 2,600 | 2,590 | too short 7, too long 3 |  |"
+    assert lines[3].startswith("| decontaminate | 2,590 | 2,588 |")
+    assert lines[3].endswith("2 | items 1,200 |")
+    assert lines[4] == ""
+    assert "<script>" not in body
 
 
 def test_metadata_of_an_adapter_names_all_that_the_hub_links(finetuned: RunRecord) -> None:

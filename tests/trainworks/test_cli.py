@@ -31,7 +31,7 @@ from trainworks.shipped import configs_folder
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("accelerate", "datasets", "evaluate", "matplotlib", "numpy", "peft", "pyarrow", "torch", "transformers")
-COMMANDS = ("card", "configs", "outcome", "publish", "schema")
+COMMANDS = ("card", "configs", "outcome", "prepare", "preview", "publish", "schema", "tokenizer")
 
 
 def answer(*arguments: str) -> Any:
@@ -102,7 +102,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["configs"], ["publish", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["configs"], ["publish", "--help"], ["prepare", "--help"]], ids=" ".join
+)
 def test_the_command_answers_without_a_heavy_library(arguments: list[str]) -> None:
     probe = (
         "import atexit, sys; from trainworks.cli import main; sys.argv = ['trainworks', *sys.argv[1:]]\n"

@@ -15,10 +15,15 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from typer.testing import CliRunner
 
 from trainworks.config import dump
 
-WORDS = [f"{first}{second}{third}" for first in "bdfghk" for second in "aeiou" for third in range(20)]
+WORDS = (  # noqa: SIM905
+    "the old house stood on a green hill and from its windows one could see the river where small boats went by "
+    "every morning while people walked slowly along the bank talking about weather bread work children and news "
+    "nobody knew who had built it or when but some of them said that it was there long before their own village"
+).split()
 CLEANING = {"text": "text", "length": {"min_words": 3}, "exact": True, "near": {}, "pii": "count", "workers": 2}
 MORE = {"language": {"keep": ["en"], "min_score": 0.01}, "decontaminate": {"against": ["validation"]}}
 KILLS = int(os.environ.get("TRAINWORKS_KILLS", "10"))
@@ -52,7 +57,9 @@ def run_file(folder: Path, *, rows: int, cleaning: dict[str, object]) -> Path:
 def start(path: Path, cache: Path, *overrides: str) -> subprocess.Popen[str]:
     environment = os.environ | {"TRAINWORKS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "trainworks.cli", "prepare", str(path), *overrides]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def finish(path: Path, cache: Path, *overrides: str) -> str:
@@ -91,9 +98,39 @@ def test_a_run_prepared_ahead_finds_everything_and_its_card_tells_the_cleaning(
     train = run.record.data.splits[0]
     assert train.rows == cleaning[0].rows_in
     assert train.samples == cleaning[-1].rows_out < train.rows
-    card = str(model_cards.build(run.record).text)
+    card = str(model_cards.build(run.record))
     assert "| near" in card
     assert f"nearly the same text as a row before {cleaning[2].removed['nearly the same text as a row before']}" in card
+
+
+def test_prepare_is_refused_in_the_words_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import finetune
+    from trainworks.cli import app
+    from trainworks.config import load
+    from trainworks.errors import DataError
+
+    monkeypatch.setenv("TRAINWORKS_CACHE", str(tmp_path / "cache"))
+    path = run_file(tmp_path, rows=20, cleaning=CLEANING)
+    changes = ["data.clean.text=txt"]
+    with pytest.raises(DataError) as refusal:
+        finetune.prepare(load(path, changes, model=finetune.Config))
+    result = CliRunner().invoke(app, ["prepare", str(path), *changes])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {refusal.value}\n"
+    assert "no column 'txt'" in result.stderr
+
+
+@pytest.mark.slow
+def test_what_is_prepared_is_the_same_whether_1_2_or_4_workers_do_it(tmp_path: Path) -> None:
+    path = run_file(tmp_path, rows=2_000, cleaning={**CLEANING, **MORE, "shard_rows": 200})
+    made = []
+    for workers in (1, 2, 4):
+        cache = tmp_path / str(workers)
+        finish(path, cache, f"data.clean.workers={workers}", f"data.prepare_workers={workers}")
+        made.append(files(cache))
+    assert sum(name.startswith("cleaned") for name in made[0]) >= 10
+    assert sum(name.startswith("prepared") for name in made[0]) >= 3
+    assert made[0] == made[1] == made[2]
 
 
 @pytest.mark.slow
@@ -115,7 +152,8 @@ def test_prepare_killed_at_random_moments_leaves_the_bytes_of_an_undisturbed_run
             try:
                 process.wait(rng.uniform(0.3, 1.0) * seconds)
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
+                kill = rng.choice([os.kill, os.killpg])  # without its workers, or with them
+                kill(process.pid, signal.SIGKILL)
                 kills += 1
             process.communicate()
             if process.returncode == 0:

@@ -11,12 +11,12 @@ __all__ = ["token_losses"]
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
-    """Return -log p(label) in nats, [tokens] in float32 at least, of logits [tokens, vocabulary] of any float type; 0 where the
-    label is `ignored`.
+    """Return -log p(label) in nats, [tokens] in float32 at least, of logits [tokens, vocabulary] of any float type; 0
+    where the label is `ignored`.
 
-    The logarithms are taken in float32 (of doubles in float64), and in the backward pass the gradient is written over them: torch's own
-    cross-entropy keeps a float32 copy of half-precision logits, and allocates the gradient twice. A second backward
-    pass through it is refused by autograd.
+    The logarithms are taken in float32 (of doubles in float64), and in the backward pass the gradient is written over
+    them: torch's own cross-entropy keeps a float32 copy of half-precision logits, and allocates the gradient twice. A
+    second backward pass through it is refused by autograd.
 
     >>> token_losses(torch.zeros(2, 4), torch.tensor([1, -100]), ignored=-100)
     tensor([1.3863, 0.0000])

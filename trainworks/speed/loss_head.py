@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainworks.speed.compiling import can_compile
 from trainworks.speed.cross_entropy import token_losses
 
 __all__ = ["head_losses"]
@@ -21,8 +23,8 @@ Shape = Callable[[Tensor], Tensor]
 
 
 def head_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignored: int, shape: Shape | None = None) -> Tensor:
-    """Return -log p(label) in nats, [tokens] in float32 at least, of states [tokens, width] and head weights [vocabulary, width];
-    0 where the label is `ignored`.
+    """Return -log p(label) in nats, [tokens] in float32 at least, of states [tokens, width] and head weights
+    [vocabulary, width]; 0 where the label is `ignored`.
 
     Memory is that of one chunk of logits, whatever the number of tokens. The gradients are made in the forward pass,
     while a chunk's logits are there (as in Liger kernels, Hsu et al. 2024, arXiv:2410.10989), and scaled in the
@@ -50,8 +52,7 @@ class _HeadLosses(torch.autograd.Function):
                 shaped = logits if shape is None else shape(_exact(logits))
                 losses[part] = token_losses(shaped, labels[part], ignored=ignored)
                 continue
-            losses[part], gradient = _chunk(logits, labels[part], ignored, shape)
-            gradient = gradient.to(dtype)
+            losses[part], gradient = _for(device)(logits, labels[part], ignored, shape)
             if to_states is not None:
                 torch.mm(gradient, matrix, out=to_states[part])
             if to_weight is not None:
@@ -81,14 +82,36 @@ def _chunks(tokens: int, vocabulary: int, device: str) -> Iterator[slice]:
 
 
 def _chunk(logits: Tensor, labels: Tensor, ignored: int, shape: Shape | None) -> tuple[Tensor, Tensor]:
-    """Return the losses of a chunk [tokens] and their gradient by the product's result [tokens, vocabulary]."""
+    """Return the losses of a chunk [tokens] and their gradient by the product's result [tokens, vocabulary], of its
+    type."""
     learned = labels != ignored
     places = labels.where(learned, 0)[:, None]
     back: Callable[[Tensor], tuple[Tensor]] | None = None
     shaped = _exact(logits)
     if shape is not None:
         shaped, back = torch.func.vjp(shape, shaped)[:2]
-    logs = torch.log_softmax(shaped, -1)
+    losses, gradient = _GRADIENTS[logits.device.type](shaped, places, learned)
+    return losses, (gradient if back is None else back(gradient)[0]).to(logits.dtype)
+
+
+def _in_place(logits: Tensor, places: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+    logs = torch.log_softmax(logits, -1)
     losses = -logs.gather(1, places)[:, 0] * learned
-    gradient = logs.exp_().scatter_add_(1, places, -torch.ones_like(losses)[:, None]).mul_(learned[:, None])
-    return losses, gradient if back is None else back(gradient)[0]
+    return losses, logs.exp_().scatter_add_(1, places, -torch.ones_like(losses)[:, None]).mul_(learned[:, None])
+
+
+def _fused(logits: Tensor, places: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same in operations that a compiler makes one pass of."""
+    logs = torch.log_softmax(logits, -1)
+    losses = -logs.gather(1, places)[:, 0] * learned
+    here = torch.arange(logits.shape[1], device=logits.device)[None] == places
+    return losses, (logs.exp() - here.to(logits.dtype)) * learned[:, None]
+
+
+_GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {"cpu": _in_place, "cuda": _fused}
+
+
+@cache
+def _for(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what does a chunk: compiled on a GPU, where it is bound by passes over memory."""
+    return torch.compile(_chunk) if can_compile(torch.device(device)) else _chunk

@@ -56,6 +56,20 @@ def test_loss_and_gradients_are_those_of_the_plain_head(
         assert torch.allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [None, capped], ids=["plain", "capped"])
+def test_what_a_gpu_compiles_is_the_same(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = inputs()
+    head_losses(hidden, weight, labels, ignored=IGNORED, shape=shape).sum().backward()
+    wanted = (hidden.grad, weight.grad)
+    hidden.grad = weight.grad = None
+    monkeypatch.setitem(loss_head._GRADIENTS, "cpu", loss_head._GRADIENTS["cuda"])
+    head_losses(hidden, weight, labels, ignored=IGNORED, shape=shape).sum().backward()
+    for got, want in zip((hidden.grad, weight.grad), wanted, strict=True):
+        assert got is not None
+        assert want is not None
+        assert torch.allclose(got, want, atol=1e-6)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_what_is_not_trained_gets_no_gradient(frozen: str) -> None:
     hidden, weight, labels = inputs()

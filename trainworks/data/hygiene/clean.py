@@ -82,7 +82,9 @@ def clean(rows: Dataset, settings: Clean, items: Items, *, source: str = "rows")
 
 
 def _told(stages: Sequence[StageFacts]) -> str:
-    return "; ".join(f"{stage.name}: {reason} {number:,}" for stage in stages for reason, number in stage.removed.items())
+    return "; ".join(
+        f"{stage.name}: {reason} {number:,}" for stage in stages for reason, number in stage.removed.items()
+    )
 
 
 def _check(rows: Dataset, settings: Clean, source: str) -> None:
@@ -116,11 +118,13 @@ def _digest_items(items: Items) -> str:
 
 def _sizes(rows: Dataset, settings: Clean) -> tuple[int, ...]:
     """Return how many rows each shard has; it depends on the rows and the settings alone."""
-    size = settings.shard_rows
-    if isinstance(size, str):
-        sample = rows.with_format("arrow")[:_SAMPLED_ROWS]
-        size = max(1, _SHARD_BYTES * len(sample) // max(1, sample.nbytes))
+    size = _auto_size(rows) if settings.shard_rows == "auto" else settings.shard_rows
     return tuple(min(size, len(rows) - start) for start in range(0, len(rows), size))
+
+
+def _auto_size(rows: Dataset) -> int:
+    sample = rows.with_format("arrow")[:_SAMPLED_ROWS]
+    return max(1, _SHARD_BYTES * len(sample) // max(1, int(sample.nbytes)))
 
 
 def _make(space: Workspace, rows: Dataset, items: Items, inputs: Mapping[str, str]) -> None:
@@ -134,6 +138,8 @@ def _make(space: Workspace, rows: Dataset, items: Items, inputs: Mapping[str, st
         for phase in phases(space):
             run(phase)
     stages = _manifests(space, inputs, short)
+    for staged in space.folder.rglob(".*"):  # what a process that was killed had begun to write
+        staged.unlink(missing_ok=True)
     write_arrays(space.folder / _KEPT, {"rows": kept_rows(space)})
     files = {f"{shard:05d}.arrow": _sha256(space.kept(shard)) for shard in range(len(space.sizes))}
     write_json(space.folder / "manifest.json", {"input": inputs, "stages": stages, "files": files})
@@ -159,7 +165,9 @@ def _manifests(space: Workspace, inputs: Mapping[str, str], short: int) -> list[
     for number, stage in enumerate(chosen(space), start=1):
         facts, after = _facts(space, stage, before)
         if stage.name == "decontaminate":
-            facts = facts.model_copy(update={"found": facts.found | ({"items too short to look for": short} if short else {})})
+            facts = facts.model_copy(
+                update={"found": facts.found | ({"items too short to look for": short} if short else {})}
+            )
         wanted = space.settings.model_dump(mode="json")[stage.name]
         manifest = {
             "facts": facts.model_dump(mode="json"),

@@ -45,7 +45,7 @@ class Index:
     """Items of fewer than five words, which are not looked for."""
 
 
-def index_items(texts: Sequence[str], ngram: int = 8, share: float = 0.4) -> Index:
+def index_items(texts: Sequence[str], ngram: int = 6, share: float = 0.4) -> Index:
     """Index evaluation items; one is found by `share` of its words, at least `ngram` or all of a shorter one."""
     parts = [read_words(part) for _, part in batches(texts)]
     lengths = np.concatenate([np.empty(0, np.int64), *(words.counts for words in parts)])

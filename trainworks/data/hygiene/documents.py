@@ -37,7 +37,7 @@ def _is_said(kind: pa.DataType) -> bool:
         return _is_said(kind.value_type)
     if pa.types.is_struct(kind):
         return any(_is_said(kind.field(name).type) for name in _SAID if kind.get_field_index(name) >= 0)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def documents(table: pa.Table, columns: Sequence[str]) -> list[str]:

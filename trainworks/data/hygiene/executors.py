@@ -36,7 +36,9 @@ def check_installed(settings: Clean) -> None:
     """Raise LaunchError for a package that the settings need and that is not there."""
     for name in ("datatrove", "py3langid"):
         if find_spec(name) is None:
-            raise LaunchError(f"data.clean: {name} is not installed; `pip install 'trainworks[hygiene]'`, or leave it out")
+            raise LaunchError(
+                f"data.clean: {name} is not installed; `pip install 'trainworks[hygiene]'`, or leave it out"
+            )
     if settings.executor.type == "ray" and find_spec("ray") is None:
         raise LaunchError("data.clean.executor: ray is not installed; `pip install ray`, or leave out executor")
 
@@ -171,7 +173,9 @@ def _await(space: Workspace, phase: Phase, job: Any) -> None:
                 f"Slurm job {job} ({phase.name}) is over, and shards {missing[:5]} are not done; its log is in "
                 f"{_logs(space, phase)}. The same command goes on from there"
             )
-        listed = subprocess.run(["squeue", "--noheader", "--job", str(job)], capture_output=True, text=True, check=False)
+        listed = subprocess.run(
+            ["squeue", "--noheader", "--job", str(job)], capture_output=True, text=True, check=False
+        )
         ended = None if listed.stdout.strip() else (ended or time.monotonic())
         time.sleep(_POLL_SECONDS)
 

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from trainworks.data.hygiene.words import Hashes, Ragged, batches, constants, mix, ngrams, read_words
 
-__all__ = ["Bands", "NearDuplicates", "are_near", "band_keys", "candidates", "clusters", "near_duplicates", "shingle_sets"]
+__all__ = [
+    "Bands",
+    "NearDuplicates",
+    "are_near",
+    "band_keys",
+    "candidates",
+    "clusters",
+    "near_duplicates",
+    "shingle_sets",
+]
 
 Numbers = NDArray[np.int64]
 Pairs = NDArray[np.int64]

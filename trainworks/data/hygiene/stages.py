@@ -7,7 +7,7 @@ verdict on every row. What a stage works on are the rows that the one before let
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -149,7 +149,9 @@ def _decontaminate(space: Workspace, shard: int) -> Arrays:
 def _pii(space: Workspace, shard: int) -> Arrays:
     def judge(texts: list[str]) -> tuple[Codes, Mapping[str, int]]:
         counts = count_personal_data(texts)
-        found = {f"texts with {kind}": int(number) for kind, number in zip(KINDS, (counts > 0).sum(axis=0), strict=True)}
+        found = {
+            f"texts with {kind}": int(number) for kind, number in zip(KINDS, (counts > 0).sum(axis=0), strict=True)
+        }
         return np.full(len(texts), STAYS, np.uint8), found
 
     return _judge(space, "pii", shard, judge)

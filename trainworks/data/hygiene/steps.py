@@ -1,6 +1,6 @@
 """Our jobs as datatrove's pipeline steps, and the process in which they run on this machine.
 
-    python -m trainworks.data.hygiene.steps FOLDER      reads `{"jobs": [...], "ranks": N, "rank": R}` line by line
+python -m trainworks.data.hygiene.steps FOLDER      reads `{"jobs": [...], "ranks": N, "rank": R}` line by line
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class JobStep(PipelineStep):  # type: ignore[misc]
     type = "trainworks"
 
     def __init__(self, folder: str, job: str) -> None:
+        self.name = job  # before datatrove names its statistics by it
         super().__init__()
         self.folder = folder
-        self.name = job
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         """Do the job for this rank."""

@@ -1,0 +1,284 @@
+"""Training steps on one GPU: Trainer, Trainer with Liger kernels, TRL, and this package, in one process each.
+
+    python benchmarks/gpu_train.py [--shape 1b] [--tuning full] [--batch 4] [--length 4096] [--steps 20] [--json FILE]
+
+All train the same random weights (float32 masters, bf16 arithmetic) on the same token ids, with AdamW and clipping to
+1.0, without gradient checkpointing. A step's time is the time between two optimizer steps, the first ten left out; the
+rate is the median's. Peak memory is torch's. Contenders whose package is not installed are left out, by name. The table
+ends with how much faster this package is than the best of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 512},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True},
+    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "vocab_size": 128256},
+}
+"""Llama 3.1 and 3.2 by size, and one for trying this script on a processor."""
+WARMUP, LR = 10, 1e-5
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def make(folder: Path, shape: str, length: int) -> None:
+    """Write a model of random weights with a tokenizer, which no contender needs but all load."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trainworks import NewTokenizer
+    from trainworks.tokenizer_training import new_tokenizer
+
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=length, rope_theta=500_000.0, eos_token_id=0)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    new_tokenizer(NewTokenizer(vocab_size=300), ["the quick brown fox"]).save_pretrained(folder)
+
+
+def rows(args: argparse.Namespace) -> Any:
+    """Return as many random rows as the steps take."""
+    import numpy as np
+    from datasets import Dataset
+
+    ids = np.random.default_rng(0).integers(1, 250, (args.batch * args.steps, args.length), dtype=np.int64)
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+class Clock:
+    """The end of every step, the device waited for."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def tick(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def result(self) -> dict[str, Any]:
+        import torch
+
+        steps = [after - before for before, after in zip(self.ends[WARMUP:-1], self.ends[WARMUP + 1 :], strict=True)]
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return {"seconds": steps, "peak_bytes": peak, "losses": self.losses}
+
+
+def arguments(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """Return what Trainer and TRL are both told."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": args.batch,
+        "max_steps": args.steps,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "bf16": on_gpu,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "optim": "adamw_torch_fused",
+    }
+
+
+def callback(clock: Clock) -> Any:
+    """Return a callback of Trainer's that notes time and loss."""
+    from transformers import TrainerCallback
+
+    class Ticking(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock.tick()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            if "loss" in logs:
+                clock.losses.append(float(logs["loss"]))
+
+    return Ticking()
+
+
+def trainer(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
+    """Train with Transformers' Trainer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    if args.tuning == "lora":
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        told = TrainingArguments(**arguments(args, folder), use_liger_kernel=liger)
+        Trainer(
+            model, told, train_dataset=rows(args), data_collator=default_data_collator, callbacks=[callback(clock)]
+        ).train()
+    return clock.result()
+
+
+def trl(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
+    """Train with TRL's SFTTrainer, on rows that are token ids already."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        told = SFTConfig(**arguments(args, folder), max_length=args.length, use_liger_kernel=liger)
+        SFTTrainer(
+            model,
+            told,
+            train_dataset=rows(args).remove_columns(["labels"]),
+            processing_class=AutoTokenizer.from_pretrained(args.model),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if args.tuning == "lora" else None,
+            callbacks=[callback(clock)],
+        ).train()
+    return clock.result()
+
+
+def ours(args: argparse.Namespace, *, compiled: bool = True) -> dict[str, Any]:
+    """Train with this package, as a run of its own would."""
+    import finetune
+    from trainworks import SFT, Batch, Budget, Data, Full, LoRA, Optim, Pretrained, Speed, train_steps
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = finetune.Config(
+            output=f"{folder}/run",
+            task=SFT(format="tokens", max_length=args.length),
+            model=Pretrained(str(args.model)),
+            tuning=LoRA(rank=16, alpha=32.0) if args.tuning == "lora" else Full(),
+            data=Data(source=rows(args), holdout=0.0),
+            batch=Batch(per_step=args.batch, micro=args.batch),
+            budget=Budget(steps=args.steps),
+            optim=Optim(lr=LR, schedule="constant", betas=(0.9, 0.999)),
+            speed=Speed(compile="auto" if compiled else "off"),
+        )
+        losses = []
+        for step in train_steps(finetune.prepare(config)):
+            clock.tick()
+            losses.append(step.loss)
+    clock.losses = [loss.item() for loss in losses]
+    return clock.result()
+
+
+CONTENDERS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, bool], tuple[str, ...]]] = {
+    "Trainer": (trainer, {}, ()),
+    "Trainer + Liger": (trainer, {"liger": True}, ("liger_kernel",)),
+    "TRL": (trl, {}, ("trl",)),
+    "TRL + Liger": (trl, {"liger": True}, ("trl", "liger_kernel")),
+    "Trainworks": (ours, {}, ()),
+    "Trainworks, eager": (ours, {"compiled": False}, ()),
+}
+"""Who trains, with what options, and which packages that takes."""
+
+
+def alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one contender in a process of its own."""
+    import os
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [
+            sys.executable,
+            __file__,
+            *sys.argv[1:],
+            "--only",
+            name,
+            "--model",
+            str(args.model),
+            "--out",
+            str(out),
+        ]
+        environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16", "TRAINWORKS_CACHE": f"{folder}/cache"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"failed": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}
+        value: dict[str, Any] = json.loads(out.read_text())
+        return value
+
+
+def show(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print the table, and the ratio to the best other as the last line."""
+    rates = {}
+    for name, result in results.items():
+        if "failed" in result:
+            print(f"{name:<18} failed: {result['failed'][0][:150]}")
+            continue
+        seconds = statistics.median(result["seconds"])
+        rates[name] = args.batch * args.length / seconds
+        spread = (max(result["seconds"]) - min(result["seconds"])) / seconds
+        print(
+            f"{name:<18} {rates[name]:9,.0f} tok/s  {1000 * seconds:7.1f} ms a step (spread {100 * spread:.0f}%)  "
+            f"{result['peak_bytes'] / 2**30:5.1f} GiB  loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
+        )
+    others = [rate for name, rate in rates.items() if not name.startswith("Trainworks")]
+    if others and "Trainworks" in rates:
+        print(f"{rates['Trainworks'] / max(others):.2f}x")
+
+
+def main() -> None:
+    """Run every contender in turn, and print and write what they did."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--tuning", choices=("full", "lora"), default="full")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        train, options, _ = CONTENDERS[args.only]
+        args.out.write_text(json.dumps(train(args, **options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.model = Path(folder)
+        make(args.model, args.shape, args.length)
+        results = {}
+        for name in args.contenders:
+            missing = [package for package in CONTENDERS[name][2] if find_spec(package) is None]
+            results[name] = {"failed": [f"{', '.join(missing)} is not installed"]} if missing else alone(name, args)
+    if args.json:
+        from importlib.metadata import version
+
+        import torch
+
+        said = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "results": results}
+        versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
+        settings = {key: getattr(args, key) for key in ("shape", "tuning", "batch", "length", "steps")}
+        args.json.write_text(json.dumps(said | {"versions": versions, "settings": settings}, indent=1) + "\n")
+    show(results, args)
+
+
+if __name__ == "__main__":
+    main()
