@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import select
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from trainworks.data.cache import Prepared, folder
 from trainworks.errors import DataError
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["Prepare", "build"]
 
 _DONE = "done.json"
-_SHARD_BYTES = 4 * 2**20
-_SHARD_ROWS = 10_000
+_SHARD_BYTES = 2**20, 2**26
+_SHARDS = 4_096
+_SHARD_ROWS = 5_000
 _ALONE_SECONDS = 4.0
 """Work that this process does itself before it starts others, which take some seconds to begin."""
 
@@ -96,7 +99,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _shard_size(rows: Dataset) -> int:
     """Return how many rows make a shard; it does not depend on the number of workers."""
     row_bytes: int = max(1, rows.data.nbytes // max(1, len(rows.data)))
-    return max(1, min(_SHARD_ROWS, _SHARD_BYTES // row_bytes))
+    least, most = _SHARD_BYTES
+    shard_bytes = min(most, max(least, row_bytes * len(rows) // _SHARDS))
+    return max(1, min(max(_SHARD_ROWS, len(rows) // _SHARDS), shard_bytes // row_bytes))
 
 
 class _Shard:
@@ -117,50 +122,79 @@ class _Shard:
 
 
 def _fill(shards: Iterable[_Shard], rows: Dataset, size: int, prepare: Prepare, *, workers: int, name: str) -> None:
-    """Do the shards that are not done: this process alone for some seconds, then as many as there are `workers`."""
+    """Do the shards that are not done: this process alone for some seconds and until the workers have begun, then
+    they."""
     from tqdm.auto import tqdm
 
     shards = list(shards)
     todo = [shard for shard in shards if not shard.note.exists()]
     done = sum(min(size, len(rows) - shard.first) for shard in shards if shard.note.exists())
     quiet = not sys.stderr.isatty() and "ipykernel.zmqshell" not in sys.modules
-    with tqdm(total=len(rows), initial=done, unit="row", desc=name, delay=2, leave=False, disable=quiet) as bar:
-        begun = time.monotonic()
-        while todo and (workers == 1 or time.monotonic() - begun < _ALONE_SECONDS):
+
+    def part(shard: _Shard) -> Dataset:
+        return rows.select(range(shard.first, min(shard.first + size, len(rows))))
+
+    bar = tqdm(total=len(rows), initial=done, unit="row", desc=name, delay=2, leave=False, disable=quiet)
+    with bar, _Workers(prepare, workers) as helpers:
+        while todo and not helpers.ready():
             shard = todo.pop(0)
-            part = rows.select(range(shard.first, min(shard.first + size, len(rows))))
-            shard.fill(part, prepare)
-            bar.update(len(part))
-        if todo:
-            for count in _spread(todo, rows, size, prepare, workers=min(workers, len(todo))):
-                bar.update(count)
+            shard.fill(part(shard), prepare)
+            bar.update(len(part(shard)))
+        for count in helpers.do(todo, part):
+            bar.update(count)
 
 
-def _spread(todo: list[_Shard], rows: Dataset, size: int, prepare: Prepare, *, workers: int) -> Iterator[int]:
-    """Let worker processes do the shards, and yield the number of rows of each in turn.
+class _Workers:
+    """Processes that do shards; begun once there is work for them.
 
     They are plain subprocesses: multiprocessing's would import the caller's script again, and a fork of a process with
     threads or a GPU can hang.
     """
-    job = pickle.dumps(prepare)
-    idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-    processes = [_start(job) for _ in range(workers)]
-    for process in processes:
-        idle.put(process)
 
-    def one(shard: _Shard) -> int:
-        part = rows.select(range(shard.first, min(shard.first + size, len(rows))))
-        process = idle.get()
-        try:
-            _written(shard.rows, [_arrow(part)])
-            _ask(process, shard)
-            shard.rows.unlink()
-        finally:
+    def __init__(self, prepare: Prepare, number: int) -> None:
+        self._prepare, self._number, self._begun = prepare, number, time.monotonic()
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()  # closes the pipes, too
+
+    def ready(self) -> bool:
+        """Tell whether all can take work; the first calls after some seconds begin them."""
+        if self._number == 1 or time.monotonic() - self._begun < _ALONE_SECONDS:
+            return False
+        if not self._processes:
+            job = pickle.dumps(self._prepare)
+            self._processes = [_start(job) for _ in range(self._number)]
+        answered, _, _ = select.select([process.stdout for process in self._processes if process.stdout], [], [], 0)
+        return len(answered) == self._number  # each says so once it has begun
+
+    def do(self, todo: list[_Shard], part: Callable[[_Shard], Dataset]) -> Iterator[int]:
+        """Yield the number of rows of each shard, in turn, once it is done."""
+        if not todo:
+            return
+        idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        for process in self._processes:
+            _line(process)
             idle.put(process)
-        return len(part)
 
-    try:
-        with ThreadPoolExecutor(workers) as threads:
+        def one(shard: _Shard) -> int:
+            rows, process = part(shard), idle.get()
+            try:
+                _written(shard.rows, [_arrow(rows)])
+                _ask(process, shard)
+                shard.rows.unlink()
+            finally:
+                idle.put(process)
+            return len(rows)
+
+        with ThreadPoolExecutor(self._number) as threads:
             results = [threads.submit(one, shard) for shard in todo]
             try:
                 for result in results:
@@ -168,10 +202,6 @@ def _spread(todo: list[_Shard], rows: Dataset, size: int, prepare: Prepare, *, w
             finally:
                 for result in results:
                     result.cancel()
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()  # closes the pipes, too
 
 
 def _start(job: bytes) -> subprocess.Popen[bytes]:
@@ -192,12 +222,11 @@ def _start(job: bytes) -> subprocess.Popen[bytes]:
 
 def _ask(process: subprocess.Popen[bytes], shard: _Shard) -> None:
     assert process.stdin
-    assert process.stdout
     request = {"first": shard.first, "rows": str(shard.rows), "samples": str(shard.samples), "note": str(shard.note)}
     try:
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
-        answer = json.loads(process.stdout.readline() or b"null")
+        answer = _line(process)
     except BrokenPipeError:
         answer = None
     if answer is None:
@@ -209,11 +238,18 @@ def _ask(process: subprocess.Popen[bytes], shard: _Shard) -> None:
         raise DataError(answer["refused"])
 
 
+def _line(process: subprocess.Popen[bytes]) -> Any:
+    """Return what a worker says, or None when it is gone."""
+    assert process.stdout
+    return json.loads(process.stdout.readline() or b"null")
+
+
 def _work() -> None:
     """Do what `_ask` asks, line by line, until the other side closes."""
     stream = sys.stdin.buffer
     prepare: Prepare = pickle.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed must not pass for an answer
+    print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in stream:
         request: Mapping[str, Any] = json.loads(line)
         shard = _Shard(Path(), 0, request["first"])
