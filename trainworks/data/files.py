@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,8 @@ __all__ = ["READERS", "FileRows", "is_readable", "read_files", "stem"]
 
 Numbers = NDArray[np.int64]
 
+_WAIT_BYTES = 2**25
+"""From this size on, one process reads and the others wait: compressed, that may be a large file."""
 _STARTS = "starts.npy"
 _DROPPED = "dropped.json"
 IN_MEMORY = 256 * 2**20
@@ -97,24 +100,36 @@ def read_files(paths: Sequence[Path], bad_rows: Policy = "error") -> FileRows:
     """Read files that hold the same columns, in any of the formats of `READERS`, as one Dataset.
 
     What is small is held in memory. The rest is written to the cache as Arrow, some MB at a time, mapped into memory
-    from there, and found there again as long as the files stay as they are. Any process may call it.
+    from there, and found there again as long as the files stay as they are. Any process may call it; of large files one
+    writes, and the others wait for it.
 
     BadRowsError names the rows that cannot be used, where `bad_rows` is `error` or reading cannot go on after one.
     DataError for a file that cannot be read, is empty, or has other columns or types than the first.
     """
     key = digest(bad_rows, version("trainworks"), *(_state(path) for path in paths))
     kept, listing = folder() / "files" / key, folder() / "quarantine" / f"{key[:16]}.jsonl"
-    if kept.exists():
-        held = _opened(kept)
-        if bad_rows != "quarantine" or not held.dropped or listing.exists():
-            return _file_rows(held, paths, listing)
-    bad = BadRows(bad_rows, listing)
-    staged = kept.with_name(f".{key}.{uuid4().hex}")
-    try:
-        return _file_rows(_read(paths, bad, staged, kept), paths, listing)
-    finally:
-        bad.discard()
-        shutil.rmtree(staged, ignore_errors=True)
+    with _alone(kept, paths):
+        if kept.exists():
+            held = _opened(kept)
+            if bad_rows != "quarantine" or not held.dropped or listing.exists():
+                return _file_rows(held, paths, listing)
+        bad = BadRows(bad_rows, listing)
+        staged = kept.with_name(f".{key}.{uuid4().hex}")
+        try:
+            return _file_rows(_read(paths, bad, staged, kept), paths, listing)
+        finally:
+            bad.discard()
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _alone(kept: Path, paths: Sequence[Path]) -> AbstractContextManager[Any]:
+    """Let one process at a time read files that are likely to be kept."""
+    from filelock import FileLock
+
+    if sum(path.stat().st_size for path in paths if path.is_file()) < _WAIT_BYTES:
+        return nullcontext()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(kept.with_name(f".{kept.name}.lock"))
 
 
 class _Held(NamedTuple):
