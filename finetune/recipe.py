@@ -7,7 +7,7 @@ from trainworks.models import load, load_processor
 from trainworks.preparation import assemble, begin, check_model
 from trainworks.resuming import resume
 from trainworks.run import Run
-from trainworks.samples import prepare_data, read_rows
+from trainworks.samples import equipped, prepare_data, read_rows
 
 __all__ = ["prepare"]
 
@@ -21,7 +21,7 @@ def prepare(config: Config) -> Run:
     world = begin(config)
     sources = read_rows(config)
     task = sources[0].task
-    processor = task.equip(load_processor(task.reads, config.model.name, config.model.revision))
+    processor = equipped(sources, load_processor(task.reads, config.model.name, config.model.revision))
     check_model(config, task, processor)
     data = prepare_data(config, sources, processor, world)
     model = load(config.model, task.auto_class, task.head(), processor, seed=config.seed)

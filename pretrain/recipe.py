@@ -12,7 +12,7 @@ from trainworks.models import initialise, load, load_processor
 from trainworks.preparation import assemble, begin, check_model
 from trainworks.resuming import resume
 from trainworks.run import Run
-from trainworks.samples import Source, prepare_data, read_rows
+from trainworks.samples import Source, equipped, prepare_data, read_rows
 from trainworks.schema import FromScratch, NewTokenizer, Pretrained, RunConfig
 from trainworks.tasks import Processor, Task
 from trainworks.tokenizer_training import trained_tokenizer
@@ -29,7 +29,7 @@ def prepare(config: Config) -> Run:
     world = begin(config)
     sources = read_rows(config)
     task = sources[0].task
-    processor = task.equip(processor_of(config, sources))
+    processor = equipped(sources, processor_of(config, sources))
     check_model(config, task, processor)
     data = prepare_data(config, sources, processor, world)
     model = _model(config, task, processor)

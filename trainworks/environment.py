@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainworks.record import Environment
-from trainworks.redaction import without_tokens
+from trainworks.redaction import safe_words
 
 if TYPE_CHECKING:
     from trainworks.parallel.launch import World
@@ -48,7 +48,7 @@ def command(kind: str) -> str:
     if Path(sys.argv[0]).parts[-2:] != (kind, "__main__.py"):
         return f"{kind}.fit({kind}.prepare(config))"
     typed = launched(_parent_command(), kind) or ["python", "-m", kind, *sys.argv[1:]]
-    return without_tokens(shlex.join(typed))
+    return shlex.join(safe_words(typed))
 
 
 def launched(words: Sequence[str], kind: str) -> list[str]:

@@ -249,8 +249,22 @@ def revision_of(model: PreTrainedModel) -> str | None:
     return commit
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return a SHA-256 over names, shapes, types and contents of a model's weights, hashed on all cores."""
+def fingerprint(settings: Pretrained | FromScratch, model: PreTrainedModel, *, seed: int) -> str:
+    """Return a SHA-256 of the weights a run begins from.
+
+    Of weights that were read, it is taken over names, shapes, types and contents of the model without its head, on all
+    cores; new ones are told by what they are drawn from, for other processors draw other bits.
+    """
+    return _FINGERPRINTS[type(settings)](settings, model, seed)
+
+
+def _drawn(settings: FromScratch, model: PreTrainedModel, seed: int) -> str:
+    return digest(
+        "drawn", settings.architecture, model.config.to_json_string(use_diff=False), settings.dtype, str(seed)
+    )
+
+
+def _contents(settings: Pretrained, model: PreTrainedModel, seed: int) -> str:
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
 
@@ -262,7 +276,10 @@ def fingerprint(model: PreTrainedModel) -> str:
         return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content).hexdigest()}"
 
     with ThreadPoolExecutor() as threads:  # hashlib lets other threads run meanwhile
-        return digest(*threads.map(hashed, sorted(model.state_dict().items())))
+        return digest(*threads.map(hashed, sorted(backbone(model).state_dict().items())))
+
+
+_FINGERPRINTS: dict[type, Callable[[Any, PreTrainedModel, int], str]] = {Pretrained: _contents, FromScratch: _drawn}
 
 
 def _reaching(name: str, part: str, read: Callable[[], Any]) -> Any:

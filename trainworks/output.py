@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _CHANGEABLE = (
     "data.prepare_workers",
     "data.clean.workers",
     "data.clean.executor",
+    "data.sources.*.clean.workers",
+    "data.sources.*.clean.executor",
     "batch.micro",
 )
 """Keys that may differ when a run is continued: they do not touch what is learned."""
@@ -39,12 +42,16 @@ def check_folder(config: Config) -> None:
             raise ConfigError(f"output: {folder} holds files that are not a run's; name another folder")
         return
     old = read_record(folder).config
-    changed = [line for line in differences(old, resolved(config)) if not line.startswith(_CHANGEABLE)]
+    changed = [line for line in differences(old, resolved(config)) if not _may_change(line.split(":")[0])]
     if changed:
         raise ConfigError(
             f"output: {folder} holds another run; name another folder, or restore these keys to continue it:\n  "
             + "\n  ".join(changed)
         )
+
+
+def _may_change(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*") for pattern in _CHANGEABLE)
 
 
 def _check_place(folder: Path) -> None:

@@ -72,7 +72,7 @@ def assemble(
     packing = data.packing(config.batch)
     if packing is not None:
         task.verify_packing(model, processor)
-    origin = models.fingerprint(model)
+    origin = models.fingerprint(config.model, model, seed=config.seed)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class)
     facts = _model_facts(config, model, origin)
     if config.speed.compile == "on" or (config.speed.compile == "auto" and can_compile(world.device)):
@@ -107,6 +107,7 @@ def assemble(
         optimizer=build_optimizer(config.optim, step),
         train=data.train,
         packs=data.packs,
+        ends=data.ends,
         validation=data.validation,
         plan=order,
         micro=micro,

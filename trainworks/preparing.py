@@ -54,10 +54,10 @@ def prepare_ahead(config: RunConfig[Any]) -> Preparation:
     ToolkitErrors that the run would.
     """
     from pretrain.recipe import processor_of
-    from trainworks.samples import prepared_splits, read_rows
+    from trainworks.samples import equipped, prepared_splits, read_rows
 
     sources = read_rows(config)
-    processor = sources[0].task.equip(processor_of(config, sources))
+    processor = equipped(sources, processor_of(config, sources))
     tools = sources[0].task.fingerprint(processor)  # before it is used: a tokenizer remembers how it was called
     return Preparation(
         tuple(

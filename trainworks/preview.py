@@ -118,10 +118,10 @@ class Preview:
         not nest or a row with nothing to learn.
         """
         from pretrain.recipe import processor_of
-        from trainworks.samples import prepared_splits, read_rows
+        from trainworks.samples import equipped, prepared_splits, read_rows
 
         sources = read_rows(config)
-        processor = sources[0].task.equip(processor_of(config, sources))
+        processor = equipped(sources, processor_of(config, sources))
         tools = sources[0].task.fingerprint(processor)
         tables: list[SplitTable] = []
         for source in sources:

@@ -21,7 +21,7 @@ def resume(run: Run) -> Run:
     _check_same(run, old)
     checkpoint = restore(run)
     step = run.progress.step
-    if checkpoint and old.environment.world_size == run.world.ranks:
+    if checkpoint and run.config.batch.micro == "auto" and old.environment.world_size == run.world.ranks:
         # The same cut into micro-batches, whatever `auto` says today: it decides which random numbers dropout draws.
         run.micro = checkpoint.state()["micro"]
     run.note(

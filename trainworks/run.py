@@ -89,6 +89,8 @@ class Run:
     packs: Packs
     """Which of them make one training sample."""
     validation: Dataset | None
+    ends: tuple[int, ...]
+    """The tokens that end an answer, of whichever source."""
     plan: Plan
     micro: int
     record: RunRecord

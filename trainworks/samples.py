@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from trainworks.parallel.launch import World
 
-__all__ = ["PreparedData", "Source", "plan", "prepare_data", "prepared_splits", "read_rows"]
+__all__ = ["PreparedData", "Source", "equipped", "plan", "prepare_data", "prepared_splits", "read_rows"]
 
 Config = RunConfig[Any]
 
@@ -122,6 +122,13 @@ def _check_metrics(config: Config, sources: Sequence[Source]) -> None:
         )
 
 
+def equipped(sources: Sequence[Source], processor: Processor) -> Processor:
+    """Return the processor made ready for the task of every source; ConfigError when it cannot serve one."""
+    for source in sources:
+        processor = source.task.equip(processor)
+    return processor
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Both splits as prepared rows, each with the number of its source, and what the record says of them."""
@@ -133,6 +140,8 @@ class PreparedData:
     """How many samples each source makes; they stand one source after the other."""
     validation: Dataset | None
     facts: DataFacts
+    ends: tuple[int, ...]
+    """The tokens that end an answer, of whichever source."""
 
     @property
     def samples(self) -> Samples:
@@ -165,6 +174,7 @@ def prepare_data(config: Config, sources: Sequence[Source], processor: Processor
         facts=_facts(
             {source.name: _source_facts(source, part, tools) for source, part in zip(sources, parts, strict=True)}
         ),
+        ends=tuple(sorted({end for source in sources for end in source.task.ends(processor)})),
     )
 
 

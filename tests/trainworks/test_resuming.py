@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 from distributed import run_ranks
+from safetensors.torch import load_file, save_file
 
 import finetune
 from trainworks import Every, Run, read_record, train_steps
@@ -166,9 +167,16 @@ def test_old_checkpoints_are_pruned_but_the_best_and_the_pinned_stay(tmp_path: P
     assert pointer == {"checkpoint": "step-00000002"}
 
 
+def change_one_weight(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def test_weights_that_changed_under_the_same_name_are_refused(stopped: Path) -> None:
     shutil.rmtree(stopped / "model")
-    tiny.save_model(stopped / "model", "causal-lm", tied=True)
+    tiny.save_model(stopped / "model", "causal-lm")
+    change_one_weight(stopped / "model" / "model.safetensors")
     with pytest.raises(ConfigError, match=r"other weights than model has now"):
         prepared(stopped, "sft", stopped / "parts")
 
@@ -184,6 +192,6 @@ def test_a_checkpoint_of_another_model_is_refused(stopped: Path, monkeypatch: py
     shutil.rmtree(stopped / "model")
     tiny.save_model(stopped / "model", "causal-lm", tied=True)
     same = read_record(stopped / "parts").model.fingerprint
-    monkeypatch.setattr("trainworks.models.fingerprint", lambda model: same)
+    monkeypatch.setattr("trainworks.models.fingerprint", lambda *_, **__: same)
     with pytest.raises(CheckpointError, match="another model"):
         prepared(stopped, "sft", stopped / "parts")

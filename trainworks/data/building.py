@@ -7,6 +7,7 @@ prepared/.KEY.lock           held by the process that makes it; others wait for 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -235,7 +236,8 @@ def _ask(process: subprocess.Popen[bytes], shard: _Shard) -> None:
             "as when memory runs out); the same command goes on, with a lower data.prepare_workers if need be"
         )
     if answer["refused"]:
-        raise DataError(answer["refused"])
+        refused: DataError = pickle.loads(base64.b64decode(answer["refused"]))
+        raise refused
 
 
 def _line(process: subprocess.Popen[bytes]) -> Any:
@@ -258,7 +260,7 @@ def _work() -> None:
         try:
             shard.fill(_opened([shard.rows], "rows"), prepare)
         except DataError as error:
-            refused = str(error)
+            refused = base64.b64encode(pickle.dumps(error)).decode()
         print(json.dumps({"refused": refused}), file=answers, flush=True)
 
 

@@ -232,6 +232,8 @@ def _checked(message: Any, turn: int) -> Message:
         found = message.get("role") if isinstance(message, Mapping) else message
         raise _FlawError("unknown role", f"turn {turn}: role {found!r:.80}", f"allowed: {', '.join(ROLES)}")
     held: Message = {key: _without_nulls(value) for key, value in message.items() if value is not None}
+    if not isinstance(held.get("tool_calls", []), list):
+        raise _FlawError("no tool call", f"turn {turn}: tool_calls must be a list, found {held['tool_calls']!r:.80}")
     if "tool_calls" in held:
         held["tool_calls"] = [_call(call, turn) for call in held["tool_calls"]]
     if not isinstance(held.get("content"), str) and not held.get("tool_calls"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ class Ingredient:
 
     @property
     def limit(self) -> float:
-        """The most samples it gives."""
-        return self.epochs * len(self.sizes)
+        """The most samples it gives, a whole number or infinite."""
+        return self.epochs if math.isinf(self.epochs) else float(max(1, round(self.epochs * len(self.sizes))))
 
 
 def shares(sizes: Sequence[float], weights: Sequence[float | None], *, temperature: float = 1.0) -> list[float]:

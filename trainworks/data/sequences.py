@@ -73,16 +73,23 @@ def _texts(batch: list[tuple[int, Row]], tokenizer: Tokenizer) -> Iterator[Encod
 
 
 def _tokenized(batch: list[tuple[int, Row]], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Yield rows that are token ids already."""
+    """Yield rows that are token ids already; a column of masks, where there is one, says what is learned of each."""
     for number, row in batch:
-        ids, name = row["input_ids"], next((name for name in MASKS if row.get(name) is not None), None)
+        ids, name = row["input_ids"], next((name for name in MASKS if name in row), None)
         if not isinstance(ids, list):
             raise DataError(f"row {number}: column 'input_ids' must be a list of numbers, found {ids!r:.80}")
-        held = row[name] if name else [1] * len(ids)
         if not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
             raise DataError(f"row {number}: column 'input_ids' must hold numbers from 0 to {len(tokenizer) - 1:,}")
+        held = row[name] if name else [1] * len(ids)
+        if not isinstance(held, list) or not all(isinstance(value, int) for value in held):
+            raise DataError(f"row {number}: column '{name}' must be a list of numbers, found {held!r:.80}")
         if len(held) != len(ids):
             raise DataError(f"row {number}: {len(ids)} input_ids and {len(held)} {name}; they must be as many")
+        if name == "labels" and any(label not in (IGNORED, token) for label, token in zip(held, ids, strict=True)):
+            raise DataError(
+                f"row {number}: labels must be {IGNORED} or the token of input_ids at the same place; they are not "
+                "shifted beforehand"
+            )
         yield _sequence(number, ids, np.array(held) != IGNORED if name == "labels" else np.array(held, dtype=np.bool_))
 
 

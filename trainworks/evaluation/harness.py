@@ -7,7 +7,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -62,14 +62,15 @@ def _slices(run: Run, statistics: Statistics) -> dict[str, dict[str, Estimate]]:
     if len(run.sources) == 1:
         return {}
     source_of = np.asarray(_held_out(run).with_format("numpy")["source"][:])
-    return {
-        name: {
-            key: estimate(metric, statistics[key][1][own])
-            for key, metric in metrics_of(run).items()
-            if (own := source_of[statistics[key][0]] == number).any()
-        }
-        for number, name in enumerate(run.sources)
-    }
+    sliced: dict[str, dict[str, Estimate]] = {}
+    for number, name in enumerate(run.sources):
+        sliced[name] = {}
+        for key, metric in metrics_of(run).items():
+            own = source_of[statistics[key][0]] == number
+            with suppress(EvaluationError):  # a metric may want more rows than one source has; the whole is measured
+                if own.any():
+                    sliced[name][key] = estimate(metric, statistics[key][1][own])
+    return sliced
 
 
 def evaluate_baselines(run: Run) -> list[EvalReport]:

@@ -66,7 +66,7 @@ def _stopping(model: Any, ends: tuple[int, ...]) -> Any:
 
 def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     adapter = run.tuned.adapter
-    model = _stopping(run.model, run.task.ends(run.processor))
+    model = _stopping(run.model, run.ends)
     if adapter is None:
         model.save_pretrained(folder, state_dict=weights)
     else:
@@ -87,5 +87,5 @@ def _write_merged(run: Run, adapter: Path, folder: Path) -> None:
     assert isinstance(run.config.model, Pretrained)  # an adapter is trained beside weights that were there
     base = load(run.config.model, run.task.auto_class, run.task.head(), run.processor, seed=run.config.seed)
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    _stopping(merged, run.task.ends(run.processor)).save_pretrained(folder)
+    _stopping(merged, run.ends).save_pretrained(folder)
     run.processor.save_pretrained(folder)

@@ -43,6 +43,10 @@ class LanguageTask(Task, ABC):
 
     def equip(self, processor: Processor) -> Processor:
         """Pad with the end token where there is no padding token: padding is never attended to nor learned."""
+        if not processor.is_fast:
+            raise ConfigError(
+                f"the tokenizer of {processor.name_or_path} is written in Python; one with a tokenizer.json is needed"
+            )
         if processor.eos_token_id is None:
             raise ConfigError(
                 f"the tokenizer of {processor.name_or_path} has no end-of-text token to learn to stop by; set "

@@ -89,3 +89,15 @@ def test_temperature_evens_shares_out_and_weights_take_its_place() -> None:
     assert shares([90.0, 10.0], [1, 3]) == [0.25, 0.75]
     with pytest.raises(ConfigError, match="every source a weight, or none"):
         shares([1.0, 1.0], [1.0, None])
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(3, 1.5), (7, 0.1), (100, 0.29), (1001, 0.5), (1001, 2.5)])
+def test_a_part_of_a_pass_is_a_whole_number_of_samples(count: int, epochs: float) -> None:
+    sizes = np.full(count, 5)
+    allowed = max(1, round(count * epochs))
+    plan = mixed(
+        [Ingredient("a", sizes, 1.0, epochs), Ingredient("b", sizes, 1.0)], seed=0, per_step=4, total=6 * count
+    )
+    assert (plan.sources == 0).sum() == allowed
+    alone = mixed([Ingredient("a", sizes, 1.0, epochs)], seed=0, per_step=4, total=allowed)
+    assert len(drawn(alone)) == allowed
