@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from model_cards.linting import TOKEN
 from trainworks.errors import AccessError, PublishError, ToolkitError
+from trainworks.record import file_sha256
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -35,9 +36,7 @@ class PublishedFile:
     @classmethod
     def read(cls, path: Path, folder: Path) -> PublishedFile:
         """Measure the file at `path`."""
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(path.relative_to(folder).as_posix(), path.stat().st_size, digest, path)
+        return cls(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path), path)
 
     def blob_id(self) -> str:
         """Return git's name of the content, which is how the Hub lists a file that it does not store as a large one."""

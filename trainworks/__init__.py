@@ -15,23 +15,20 @@ if TYPE_CHECKING:
     from trainworks.exporting import export
     from trainworks.loop import TrainStep, train_steps
     from trainworks.preview import Preview
+    from trainworks.reading import Data, Limit, Mixture, Part
     from trainworks.record import EvalReport, RunRecord, read_record
     from trainworks.run import Run
     from trainworks.schema import (
         Batch,
         Budget,
-        Data,
         Every,
         FromScratch,
         Full,
         Goal,
         Hub,
-        Limit,
         LoRA,
-        Mixture,
         NewTokenizer,
         Optim,
-        Part,
         Pretrained,
         Speed,
     )
@@ -76,18 +73,14 @@ __all__ = [
 _SCHEMA = (
     "Batch",
     "Budget",
-    "Data",
     "Every",
     "FromScratch",
     "Full",
     "Goal",
     "Hub",
-    "Limit",
     "LoRA",
-    "Mixture",
     "NewTokenizer",
     "Optim",
-    "Part",
     "Pretrained",
     "Speed",
 )
@@ -95,6 +88,7 @@ _SCHEMA = (
 __getattr__ = exports(
     __name__,
     **dict.fromkeys(_SCHEMA, "trainworks.schema"),
+    **dict.fromkeys(("Data", "Limit", "Mixture", "Part"), "trainworks.reading"),
     **dict.fromkeys(("SFT", "CausalLM", "SequenceClassification"), "trainworks.tasks"),
     **dict.fromkeys(("EvalReport", "RunRecord", "read_record"), "trainworks.record"),
     **dict.fromkeys(("TrainStep", "train_steps"), "trainworks.loop"),

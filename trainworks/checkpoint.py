@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainworks.errors import CheckpointError
-from trainworks.record import write_json
+from trainworks.record import file_sha256, write_json
 from trainworks.run import Progress, Run
 
 __all__ = ["Checkpoint", "checkpoints", "restore", "save", "verify"]
@@ -77,7 +77,7 @@ def verify(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{path}: missing")
         if path.stat().st_size != known["size"]:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {known['size']}")
-        if _sha256(path) != known["sha256"]:
+        if file_sha256(path) != known["sha256"]:
             raise CheckpointError(f"{path}: its contents do not match the manifest's checksum")
 
 
@@ -98,11 +98,6 @@ def _read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _body_digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Saving
@@ -147,7 +142,7 @@ def _write_rank(run: Run, staged: Path) -> None:
 
 def _publish(run: Run, staged: Path, final: Path, *, best: bool) -> None:
     write_json(staged / "state.json", _state(run))
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(staged.iterdir())}
+    files = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(staged.iterdir())}
     body = {"format": FORMAT, "files": files}
     write_json(staged / "manifest.json", body | {"sha256": _body_digest(body)})
     _fsync(staged)

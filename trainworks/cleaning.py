@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, Strict, WithJsonSchema, model_validator
+from pydantic import Field, Strict, model_validator
 
-from trainworks.settings import Settings
+from trainworks.settings import Count, Name, Names, Settings
 
 __all__ = ["Clean", "Decontaminate", "EvaluationSet", "Languages", "Length", "Local", "NearDuplicate", "Ray", "Slurm"]
 
-Count = Annotated[int, Strict(), Field(gt=0)]
-Name = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Strict(), Field(gt=0, le=1)]
-
-
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-Names = Annotated[
-    tuple[Name, ...],
-    Field(min_length=1),
-    BeforeValidator(_as_tuple),
-    WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}}),
-]
+SomeNames = Annotated[Names, Field(min_length=1)]
 
 
 class Length(Settings):
@@ -45,7 +32,7 @@ class Length(Settings):
 class Languages(Settings):
     """Keep texts in these languages, as told by a model that comes with the package py3langid."""
 
-    keep: Names
+    keep: SomeNames
     """ISO 639 codes, such as `en`; `zxx` is text in no language, such as numbers."""
     min_score: Positive = 0.5
     """How likely the language has to be; short texts are told less surely."""
@@ -69,9 +56,9 @@ class EvaluationSet(Settings):
     """As `data.subset`."""
     revision: Name = "main"
     """As `data.revision`."""
-    split: Names = ("test",)
+    split: SomeNames = ("test",)
     """The splits to look for; in a local folder, file names or patterns. A single file has `train`."""
-    columns: Names
+    columns: SomeNames
     """Columns whose text is looked for, each by itself."""
 
 
@@ -116,7 +103,7 @@ class Ray(Settings):
 class Clean(Settings):
     """What training rows go through, in this order; a stage that is not named is left out. Evaluation rows stay."""
 
-    text: Names = ("text",)
+    text: SomeNames = ("text",)
     """Columns that make a row's text, one after the other; of a conversation, what is said in it."""
     length: Length | None = None
     """Leave out what is too short or too long."""

@@ -7,40 +7,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainworks.record import StageFacts
+    from trainworks.samples import SourceSamples
     from trainworks.schema import RunConfig
 
-__all__ = ["Preparation", "PreparedSource", "prepare_ahead"]
-
-
-@dataclass(frozen=True)
-class PreparedSource:
-    """What became of one source."""
-
-    name: str
-    cleaning: tuple[StageFacts, ...]
-    samples: dict[str, int]
-    """Samples of each split."""
+__all__ = ["Preparation", "prepare_ahead"]
 
 
 @dataclass(frozen=True)
 class Preparation:
     """What was prepared; printed, it is a table."""
 
-    sources: tuple[PreparedSource, ...]
+    parts: tuple[SourceSamples, ...]
 
     def __str__(self) -> str:
-        return "\n".join(line for source in self.sources for line in _lines(source))
+        return "\n".join(line for part in self.parts for line in _lines(part))
 
 
-def _lines(source: PreparedSource) -> Iterator[str]:
-    yield source.name
-    for stage in source.cleaning:
+def _lines(part: SourceSamples) -> Iterator[str]:
+    yield part.source.name
+    for stage in part.source.rows.cleaning:
         yield f"  {stage.name:<14} {stage.rows_in:>12,} -> {stage.rows_out:<12,} {_counts(stage.removed)}".rstrip()
         if stage.found:
             yield f"  {'':<14} {_counts(stage.found)}"
-    for split, number in source.samples.items():
-        yield f"  {split:<14} {number:>12,} samples"
+    for split, prepared in part.splits.items():
+        yield f"  {split:<14} {len(prepared.samples):>12,} samples {_counts(prepared.dropped)}".rstrip()
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -54,21 +44,7 @@ def prepare_ahead(config: RunConfig[Any]) -> Preparation:
     ToolkitErrors that the run would.
     """
     from pretrain.recipe import processor_of
-    from trainworks.samples import equipped, prepared_splits, read_rows
+    from trainworks.samples import equipped, prepare_sources, read_rows
 
     sources = read_rows(config)
-    processor = equipped(sources, processor_of(config, sources))
-    tools = sources[0].task.fingerprint(processor)  # before it is used: a tokenizer remembers how it was called
-    return Preparation(
-        tuple(
-            PreparedSource(
-                source.name,
-                source.rows.cleaning,
-                {
-                    split: len(prepared.samples)
-                    for split, prepared in prepared_splits(config, source, processor, tools).items()
-                },
-            )
-            for source in sources
-        )
-    )
+    return Preparation(tuple(prepare_sources(config, sources, equipped(sources, processor_of(config, sources)))))

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from trainworks.data.bad_rows import BadRowsError
 from trainworks.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from trainworks.data.cache import Prepared
     from trainworks.data.templates import Agreement
-    from trainworks.samples import Source
+    from trainworks.samples import Source, SourceSamples
     from trainworks.schema import RunConfig
     from trainworks.tasks import Processor, Task
 
@@ -118,19 +118,14 @@ class Preview:
         not nest or a row with nothing to learn.
         """
         from pretrain.recipe import processor_of
-        from trainworks.samples import equipped, prepared_splits, read_rows
+        from trainworks.samples import equipped, prepare_sources, read_rows
 
         sources = read_rows(config)
         processor = equipped(sources, processor_of(config, sources))
-        tools = sources[0].task.fingerprint(processor)
-        tables: list[SplitTable] = []
-        for source in sources:
-            held = {"train": source.rows.train, "validation": source.rows.validation}
-            for split, prepared in prepared_splits(config, source, processor, tools).items():
-                tables.append(_table(f"{source.name} ({split})", source.task, held[split], prepared, processor))
+        parts = prepare_sources(config, sources, processor)
         return cls(
             tuple(f"{source.name}: {stated}" for source in sources if (stated := source.task.stated())),
-            tuple(tables),
+            tuple(table for part in parts for table in _tables(part, processor)),
             tuple(shown for source in sources for shown in _shown(source, processor, rows)),
         )
 
@@ -160,12 +155,16 @@ class Preview:
 # What is shown
 
 
-def _table(name: str, task: Task, rows: Any, prepared: Prepared, processor: Processor) -> SplitTable:
-    table = SplitTable(name, len(rows), len(prepared.samples), prepared.dropped, task.agreement(rows, processor))
+def _tables(part: SourceSamples, processor: Processor) -> Iterator[SplitTable]:
+    task, rows = part.source.task, part.source.rows
     ends, bos = task.ends(processor), getattr(processor, "bos_token_id", None)
-    for batch in _sequences(prepared.samples, task):
-        table.count(batch, ends, bos)
-    return table
+    for split, prepared in part.splits.items():
+        same = task.agreement(rows.splits[split], processor)
+        name = f"{part.source.name} ({split})"
+        table = SplitTable(name, len(rows.splits[split]), len(prepared.samples), prepared.dropped, same)
+        for batch in _sequences(prepared.samples, task):
+            table.count(batch, ends, bos)
+        yield table
 
 
 def _sequences(samples: Dataset, task: Task) -> Iterator[list[tuple[Any, Any]]]:
@@ -180,7 +179,11 @@ def _sequences(samples: Dataset, task: Task) -> Iterator[list[tuple[Any, Any]]]:
 def _shown(source: Source, processor: Processor, rows: int) -> Iterator[Shown]:
     """Prepare some rows by themselves, so that it is known which row a sample is from."""
     for number in range(min(rows, len(source.rows.train))):
-        prepared = source.task.prepare(source.rows.train.select([number]), processor, first=number)
+        try:
+            prepared = source.task.prepare(source.rows.train.select([number]), processor, first=number)
+        except BadRowsError as error:  # where these end a run, it ended before
+            yield Shown(f"{source.name}, row {number}: left out ({error.problems[0].reason})", ())
+            continue
         samples = [sample for batch in _sequences(prepared.samples, source.task) for sample in batch]
         left_out = ", ".join(f"{reason} {count:,}" for reason, count in prepared.dropped.items())
         if not samples:

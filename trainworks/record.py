@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "Sample",
     "SplitFacts",
     "StageFacts",
+    "file_sha256",
     "read_outcome",
     "read_record",
     "write_json",
@@ -333,6 +335,12 @@ def write_json(path: str | Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_record(folder: str | Path) -> RunRecord:

@@ -6,10 +6,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from trainworks.data.loading import Samples, lengths
 from trainworks.data.mixture import Ingredient, mixed, shares
 from trainworks.data.order import Integers, Plan
 from trainworks.data.packing import Packs, alone, pack
-from trainworks.data.screening import located, screened
+from trainworks.data.screening import screened, told
 from trainworks.data.sources import Rows, read
 from trainworks.errors import ConfigError, DataError, nearest
 from trainworks.evaluation.harness import measured
 from trainworks.metrics import HuggingFaceMetric
+from trainworks.reading import Data, Mixture
 from trainworks.record import DataFacts, PackingFacts, SplitFacts
-from trainworks.schema import Batch, Mixture, RunConfig
+from trainworks.schema import Batch, RunConfig
 from trainworks.tasks import Processor, Task
 
 if TYPE_CHECKING:
@@ -35,7 +36,16 @@ if TYPE_CHECKING:
 
     from trainworks.parallel.launch import World
 
-__all__ = ["PreparedData", "Source", "equipped", "plan", "prepare_data", "prepared_splits", "read_rows"]
+__all__ = [
+    "PreparedData",
+    "Source",
+    "SourceSamples",
+    "equipped",
+    "plan",
+    "prepare_data",
+    "prepare_sources",
+    "read_rows",
+]
 
 Config = RunConfig[Any]
 
@@ -157,51 +167,67 @@ class PreparedData:
         return PackingFacts(size=batch.pack, rows=len(self.train), samples=len(sizes), utilisation=full)
 
 
-def prepare_data(config: Config, sources: Sequence[Source], processor: Processor, world: World) -> PreparedData:
+@dataclass(frozen=True)
+class SourceSamples:
+    """A source, its rows, and its splits as training sequences."""
+
+    source: Source
+    splits: dict[str, Prepared]
+    tools: str
+    """The fingerprint of what turned its rows to samples."""
+
+
+def prepare_sources(config: Config, sources: Sequence[Source], processor: Processor) -> list[SourceSamples]:
     """Turn every source's splits into training sequences; by one process of each machine, kept by content. All
     ranks."""
     tools = sources[0].task.fingerprint(processor)  # before it is used: a tokenizer remembers how it was called
-    parts = [prepared_splits(config, source, processor, tools) for source in sources]
+    return [_source_samples(config, source, processor, tools) for source in sources]
+
+
+def prepare_data(config: Config, sources: Sequence[Source], processor: Processor, world: World) -> PreparedData:
+    """Turn the sources into what a run trains and is evaluated on. All ranks."""
+    parts = prepare_sources(config, sources, processor)
     world.wait_patiently()
-    packs = [_packs(config.batch, part["train"].samples, source) for part, source in zip(parts, sources, strict=True)]
-    train = _joined(part["train"].samples for part in parts)
+    packs = [_packs(config.batch, part) for part in parts]
+    train = _joined(part.splits.get("train") for part in parts)
     assert train is not None, "a source without training rows is refused where it is read"
     return PreparedData(
         train=train,
         packs=Packs.joined(packs),
         counts=tuple(map(len, packs)),
-        validation=_joined(part["validation"].samples if "validation" in part else None for part in parts),
-        facts=_facts(
-            {source.name: _source_facts(source, part, tools) for source, part in zip(sources, parts, strict=True)}
-        ),
+        validation=_joined(part.splits.get("validation") for part in parts),
+        facts=_facts({part.source.name: _source_facts(part) for part in parts}),
         ends=tuple(sorted({end for source in sources for end in source.task.ends(processor)})),
     )
 
 
-def prepared_splits(config: Config, source: Source, processor: Processor, tools: str) -> dict[str, Prepared]:
-    """Return a source's splits as training sequences, kept by content; `tools` is the processor's fingerprint, taken
-    before it was used."""
-    splits = {"train": source.rows.train, "validation": source.rows.validation}
-    return {
-        name: _prepared(config, source, name, rows, processor, tools)
-        for name, rows in splits.items()
-        if rows is not None
-    }
+def _source_samples(config: Config, source: Source, processor: Processor, tools: str) -> SourceSamples:
+    splits = {}
+    for name in source.rows.splits:
+        prepared = _prepared(config, source, name, processor, tools)
+        rows, left_out = told(source.rows, name, prepared.refused)
+        source = replace(source, rows=rows)
+        splits[name] = replace(prepared, dropped={**prepared.dropped, **left_out})
+    return SourceSamples(source, splits, tools)
 
 
-def _prepared(config: Config, source: Source, split: str, rows: Dataset, processor: Processor, tools: str) -> Prepared:
-    task, where = source.task, f"{source.rows.source} ({split})"
+def _prepared(config: Config, source: Source, split: str, processor: Processor, tools: str) -> Prepared:
+    rows, task = source.rows, source.task
+    where = f"{rows.source} ({split})"
     software = (version("transformers"), version("tokenizers"), _code(task))
-    key = digest(source.rows.fingerprint, split, task.model_dump_json(), tools, *software)
+    key = digest(rows.fingerprint, split, task.model_dump_json(), tools, *software)
     prepare: Callable[..., Prepared] = partial(task.prepare, processor=processor)
+    lenient, workers = rows.bad_rows != "error", _workers(config, task)
     try:
-        prepared = build(key, rows, prepare, task.arrange, workers=_workers(config, task), name=where)
+        prepared = build(key, rows.splits[split], prepare, task.arrange, workers=workers, lenient=lenient, name=where)
     except BadRowsError as error:
-        raise located(error, source.rows.origins[split]) from error
+        told(rows, split, error.problems)
+        raise
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     if not len(prepared.samples):
-        left_out = ", ".join(f"{reason} {count:,}" for reason, count in prepared.dropped.items())
+        counts = Counter(prepared.dropped) + Counter(problem.reason for problem in prepared.refused)
+        left_out = ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
         raise DataError(f"{where}: no sample is left to learn from ({left_out or 'the rows hold no tokens'})")
     return prepared
 
@@ -214,49 +240,49 @@ def _workers(config: Config, task: Task) -> int:
     return len(os.sched_getaffinity(0)) if wanted == "auto" else wanted
 
 
-def _packs(batch: Batch, train: Dataset, source: Source) -> Packs:
+def _packs(batch: Batch, part: SourceSamples) -> Packs:
+    train = part.splits["train"].samples
     sizes = lengths(train)
     if batch.pack == "off" or sizes is None:
         return alone(len(train))
     try:
         return pack(sizes, batch.pack)
     except DataError as error:
-        raise DataError(f"{source.rows.source} (train): {error}") from error
+        raise DataError(f"{part.source.rows.source} (train): {error}") from error
 
 
-def _joined(parts: Iterable[Dataset | None]) -> Dataset | None:
+def _joined(parts: Iterable[Prepared | None]) -> Dataset | None:
     """Put the sources' rows one after the other, each with its source's number in the column `source`."""
     from datasets import concatenate_datasets
 
     numbered = [
-        rows.add_column("source", np.full(len(rows), number, dtype=np.int16))
-        for number, rows in enumerate(parts)
-        if rows is not None
+        part.samples.add_column("source", np.full(len(part.samples), number, dtype=np.int16))
+        for number, part in enumerate(parts)
+        if part is not None
     ]
     return concatenate_datasets(numbered) if numbered else None
 
 
-def _source_facts(source: Source, parts: dict[str, Prepared], tools: str) -> DataFacts:
-    rows = source.rows
-    counts = {"train": rows.train, "validation": rows.validation}
+def _source_facts(part: SourceSamples) -> DataFacts:
+    rows = part.source.rows
     return DataFacts(
         source=rows.source,
         subset=rows.subset,
         revision=rows.revision,
         fingerprint=rows.fingerprint,
-        processor=tools,
+        processor=part.tools,
         license=rows.license,
         listings=tuple(map(str, rows.listings)),
         cleaning=rows.cleaning,
         splits=tuple(
             SplitFacts(
                 name=name,
-                rows=len(counts[name] or ()) + sum(rows.dropped.get(name, {}).values()),
-                samples=len(part.samples),
-                dropped={**rows.dropped.get(name, {}), **part.dropped},
-                **source.task.facts(part.samples),
+                rows=len(rows.splits[name]) + sum(rows.dropped.get(name, {}).values()),
+                samples=len(prepared.samples),
+                dropped={**rows.dropped.get(name, {}), **prepared.dropped},
+                **part.source.task.facts(prepared.samples),
             )
-            for name, part in parts.items()
+            for name, prepared in part.splits.items()
         ),
     )
 
@@ -293,15 +319,25 @@ def plan(config: Config, data: PreparedData) -> Plan:
 
     ConfigError when tokens are asked for and the samples have none, or the sources may not be passed over often enough.
     """
-    sizes = data.samples.lengths()
-    if isinstance(config.data, Mixture):
-        ingredients = _ingredients(config.data, data, sizes)
-        rate = sum(part.weight / float(part.sizes.mean()) for part in ingredients)
-        mean = 1 / rate if config.data.shares == "tokens" else None
-        total = _total(config, data, sizes, mean)
-        return mixed(ingredients, seed=config.seed, per_step=config.batch.per_step, total=total)
-    total = _total(config, data, sizes)
+    return _PLANS[type(config.data)](config, data, data.samples.lengths())
+
+
+def _of_one(config: Config, data: PreparedData, sizes: Integers | None) -> Plan:
+    total = _total(config, data, None if sizes is None else float(sizes.mean()))
     return Plan(seed=config.seed, num_samples=len(data.packs), per_step=config.batch.per_step, total=total)
+
+
+def _of_several(config: Config, data: PreparedData, sizes: Integers | None) -> Plan:
+    mixture = cast(Mixture, config.data)
+    ingredients = _ingredients(mixture, data, sizes)
+    # Of tokens shared out, a source's samples are as many as its share over their mean length.
+    rate = sum(part.weight / float(part.sizes.mean()) for part in ingredients)
+    mean = None if sizes is None else 1 / rate if mixture.shares == "tokens" else float(sizes.mean())
+    total = _total(config, data, mean)
+    return mixed(ingredients, seed=config.seed, per_step=config.batch.per_step, total=total)
+
+
+_PLANS: dict[type, Callable[[Config, PreparedData, Integers | None], Plan]] = {Data: _of_one, Mixture: _of_several}
 
 
 def _ingredients(mixture: Mixture, data: PreparedData, sizes: Integers | None) -> list[Ingredient]:
@@ -318,13 +354,13 @@ def _ingredients(mixture: Mixture, data: PreparedData, sizes: Integers | None) -
     ]
 
 
-def _total(config: Config, data: PreparedData, sizes: Integers | None, mean: float | None = None) -> int:
-    """Return the samples the budget pays for; `mean` is the tokens of a sample, where not all are equally likely."""
+def _total(config: Config, data: PreparedData, mean: float | None) -> int:
+    """Return the samples the budget pays for; `mean` is the tokens of one, or None where they are not counted."""
     budget = config.budget
     if budget.epochs is not None:
         return max(1, round(budget.epochs * len(data.packs)))
     if budget.steps is not None:
         return budget.steps * config.batch.per_step
-    if sizes is None or budget.tokens is None:
+    if mean is None or budget.tokens is None:
         raise ConfigError("budget.tokens: this task's samples are not counted in tokens; give epochs or steps")
-    return max(1, math.ceil(budget.tokens / (mean or float(sizes.mean()))))
+    return max(1, math.ceil(budget.tokens / mean))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from trainworks.data.cache import digest, folder
+from trainworks.data.cache import digest, folder, once
 from trainworks.errors import ConfigError
 from trainworks.schema import NewTokenizer
 
@@ -30,19 +30,18 @@ def trained_tokenizer(settings: NewTokenizer, texts: Iterable[str], *, key: str)
 
     `key` stands for the texts. Any process may call it, any number at once: one trains and the others wait for it.
     """
-    from filelock import FileLock
     from transformers import PreTrainedTokenizerFast
 
     code = Path(__file__).read_text(encoding="utf-8")
     name = digest(key, settings.model_dump_json(), version("tokenizers"), code)
     place = folder() / "tokenizers" / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():
-        with FileLock(place.with_name(f".{name}.lock")):
-            if not place.exists():
-                staged = place.with_name(f".{name}.{uuid4().hex}")
-                new_tokenizer(settings, texts).save_pretrained(staged)
-                staged.rename(place)
+
+    def make() -> None:
+        staged = place.with_name(f".{name}.{uuid4().hex}")
+        new_tokenizer(settings, texts).save_pretrained(staged)
+        staged.rename(place)
+
+    once(place, make)
     return PreTrainedTokenizerFast.from_pretrained(place)
 
 

@@ -13,7 +13,8 @@ from trainworks.evaluation import compare_with_baselines, evaluate, evaluate_bas
 from trainworks.loop import TrainStep, train_steps
 from trainworks.record import CurvePoint, RunRecord
 from trainworks.run import Run
-from trainworks.schema import Count, Pretrained
+from trainworks.schema import Pretrained
+from trainworks.settings import Count
 from trainworks.stopping import Stop
 from trainworks.tracking import Log
 

@@ -47,7 +47,9 @@ FIXTURES = {
     "unknown role": Fixture(
         "sft", {"messages": [ASK, SAY | {"role": "robot"}]}, (PLACE, "unknown role, turn 1: role 'robot'", "user"), TALK
     ),
-    "no answer": Fixture("sft", {"messages": [ASK]}, ("row 3", "nothing to learn"), TALK),
+    "no answer": Fixture("sft", {"messages": [ASK]}, (PLACE, "nothing to learn"), TALK),
+    "too long": Fixture("sft", {"messages": [ASK, SAY | {"content": "a dog " * 200}]}, (PLACE, "too long"), TALK),
+    "no list of calls": Fixture("sft", {"messages": [ASK, SAY | {"tool_calls": 7}]}, (PLACE, "no tool call"), TALK),
     "two system turns": Fixture(
         "sft", {"messages": [RULE, ASK, RULE, SAY]}, (PLACE, "two system turns, turns 0"), TALK
     ),

@@ -12,9 +12,10 @@ import tiny
 from datasets import Dataset
 
 import finetune
-from trainworks import Batch, Budget, Every, Mixture, Part, Run, read_record, train_steps
+from trainworks import SFT, Batch, Budget, Every, Mixture, Part, Run, output, read_record, train_steps
 from trainworks.data.loading import windows
-from trainworks.errors import ConfigError
+from trainworks.errors import ConfigError, EvaluationError
+from trainworks.evaluation import harness
 
 SHARES = {"questions": 1.0, "talks": 3.0}
 
@@ -155,3 +156,39 @@ def test_a_source_that_is_used_up_before_the_budget_is_refused(tmp_path: Path) -
 def test_a_mixture_that_contradicts_itself_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         sources(**changes)
+
+
+def test_a_model_stops_where_the_answers_of_any_source_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFT, "ends", lambda task, processor: (len(task.format),))
+    assert prepared(tmp_path).ends == (len("messages"), len("prompt-completion"))
+
+
+def test_a_metric_that_wants_more_rows_than_a_source_has_is_left_out_of_its_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimate = harness.estimate
+
+    def demanding(metric: Any, statistics: Any) -> Any:
+        if len(statistics) < 10:
+            raise EvaluationError(f"{metric.name} wants ten rows")
+        return estimate(metric, statistics)
+
+    monkeypatch.setattr(harness, "estimate", demanding)
+    report = harness.evaluate(prepared(tmp_path))
+    assert (report.slices["questions"], set(report.slices["talks"])) == ({}, {"loss", "perplexity"})
+
+
+@pytest.mark.parametrize(
+    ("key", "may"),
+    [
+        ("data.sources.talks.clean.workers", True),
+        ("data.sources.talks.clean.executor.type", True),
+        ("data.sources.talks.clean.exact", False),
+        ("data.clean.workers", True),
+        ("every.save", True),
+        ("data.sources.talks.weight", False),
+        ("aboutness", False),
+    ],
+)
+def test_a_run_may_go_on_with_other_keys_that_touch_nothing_learned(key: str, may: bool) -> None:
+    assert output._may_change(key) == may

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,12 @@ def test_a_model_that_sees_what_comes_is_refused() -> None:
 
 def test_a_head_of_an_unknown_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model("gemma2")
-    monkeypatch.setattr("trainworks.models._SCALES", {})
+    monkeypatch.setattr("trainworks.heads._SCALES", {})
     with pytest.raises(ConfigError, match="makes its logits in a way"):
         CausalLM(block=16).verify(made)
+
+
+def test_a_tokenizer_written_in_python_is_refused_with_what_is_needed() -> None:
+    slow = SimpleNamespace(is_fast=False, name_or_path="someone/slow")
+    with pytest.raises(ConfigError, match=r"someone/slow is written in Python; one with a tokenizer\.json is needed"):
+        CausalLM(block=16).equip(slow)

@@ -121,7 +121,7 @@ def test_what_is_lost_is_told_by_source_and_by_row(tmp_path: Path) -> None:
 
 
 def test_a_preview_stops_where_the_run_would(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="row 1: nothing to learn"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: row 1 .*nothing to learn"):
         Preview.of(lay_out(tmp_path, [{"messages": EXCHANGE}, {"messages": EXCHANGE[:1]}]))
 
 

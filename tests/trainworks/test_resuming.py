@@ -23,9 +23,9 @@ RANKS = str(Path(__file__).parents[1] / "ranks.py")
 Curve = list[tuple[float, float]]
 
 
-def prepared(folder: Path, task: str, output: Path, **changes: Any) -> Run:
+def prepared(folder: Path, task: str, output: Path, *, micro: int = 4, **changes: Any) -> Run:
     return finetune.prepare(
-        tiny.config(task, folder / "model", folder / "rows.jsonl", output, epochs=1.7, micro=4, **changes)
+        tiny.config(task, folder / "model", folder / "rows.jsonl", output, epochs=1.7, micro=micro, **changes)
     )
 
 
@@ -195,3 +195,8 @@ def test_a_checkpoint_of_another_model_is_refused(stopped: Path, monkeypatch: py
     monkeypatch.setattr("trainworks.models.fingerprint", lambda *_, **__: same)
     with pytest.raises(CheckpointError, match="another model"):
         prepared(stopped, "sft", stopped / "parts")
+
+
+def test_a_number_of_samples_at_once_that_is_asked_for_is_heeded(stopped: Path) -> None:
+    assert prepared(stopped, "sft", stopped / "parts").micro == 4
+    assert prepared(stopped, "sft", stopped / "parts", micro=2).micro == 2

@@ -12,18 +12,22 @@ import json
 import os
 import pickle
 import select
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from trainworks.data.cache import Prepared, folder
+import numpy as np
+
+from trainworks.data.bad_rows import BadRow, BadRowsError
+from trainworks.data.cache import Prepared, folder, once, opened
+from trainworks.data.workers import Worker, requests
 from trainworks.errors import DataError
 from trainworks.record import write_json
 
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-__all__ = ["Prepare", "build"]
+__all__ = ["Prepare", "build", "work"]
 
 _DONE = "done.json"
 _SHARD_BYTES = 2**20, 2**26
@@ -50,46 +54,58 @@ class Prepare(Protocol):
 Arrange = Callable[["Dataset"], "Iterator[pyarrow.Table] | None"]
 
 
-def build(key: str, rows: Dataset, prepare: Prepare, arrange: Arrange, *, workers: int, name: str = "rows") -> Prepared:
+def build(
+    key: str,
+    rows: Dataset,
+    prepare: Prepare,
+    arrange: Arrange,
+    *,
+    workers: int,
+    lenient: bool = False,
+    name: str = "rows",
+) -> Prepared:
     """Return the samples that `prepare` makes of `rows`, and `arrange` of those, from disk where they are there.
 
     They are mapped into memory, not read. `key` stands for everything that decides them. Any process may call it, any
     number at once: one works and the others wait for it. A process that is killed leaves the shards it finished. The
-    samples do not depend on `workers`. DataError of the first row, by number, that `prepare` refuses.
+    samples do not depend on `workers`. DataError of the first rows, by number, that `prepare` refuses; when `lenient`,
+    those that it refuses by a BadRowsError are left out instead, and told.
     """
-    from filelock import FileLock
-
     place = folder() / "prepared" / key
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():
-        with FileLock(place.with_name(f".{key}.lock")):
-            if not place.exists():
-                partial = place.with_name(f".{key}.partial")
-                if not (partial / _DONE).exists():
-                    _build(partial, rows, prepare, arrange, workers=workers, name=name)
-                kept = {_DONE, *_read(partial / _DONE)["samples"]}
-                for path in partial.iterdir():
-                    if path.name not in kept:
-                        path.unlink()
-                partial.rename(place)
+
+    def make() -> None:
+        partial = place.with_name(f".{key}.partial")
+        if not (partial / _DONE).exists():
+            _build(partial, rows, _Preparer(prepare, lenient), arrange, workers=workers, name=name)
+        kept = {_DONE, *_read(partial / _DONE)["samples"]}
+        for path in partial.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        partial.rename(place)
+
+    once(place, make)
     done = _read(place / _DONE)
-    return Prepared(_opened([place / name for name in done["samples"]], key), done["dropped"])
+    refused = tuple(BadRow(**problem) for problem in done["refused"])
+    return Prepared(opened([place / name for name in done["samples"]], key), done["dropped"], refused)
 
 
-def _build(partial: Path, rows: Dataset, prepare: Prepare, arrange: Arrange, *, workers: int, name: str) -> None:
+def _build(partial: Path, rows: Dataset, prepare: _Preparer, arrange: Arrange, *, workers: int, name: str) -> None:
     partial.mkdir(exist_ok=True)
     size = _shard_size(rows)
     starts = range(0, len(rows), size)
     shards = [_Shard(partial, number, start) for number, start in enumerate(starts)]
     _fill(shards, rows, size, prepare, workers=workers, name=name)
     dropped: Counter[str] = Counter()
-    for shard in shards:
-        dropped.update(_read(shard.note))
+    refused: list[Any] = []
+    for note in (_read(shard.note) for shard in shards):
+        dropped.update(note["dropped"])
+        refused += note["refused"]
     samples = [shard.samples for shard in shards]
-    if (tables := arrange(_opened(samples, partial.name))) is not None:
+    if (tables := arrange(opened(samples, partial.name))) is not None:
         samples = [_written(partial / "arranged.arrow", tables)]
     left_out = {reason: count for reason, count in dropped.items() if count}
-    write_json(partial / _DONE, {"samples": [path.name for path in samples], "dropped": left_out})
+    done = {"samples": [path.name for path in samples], "dropped": left_out, "refused": refused}
+    write_json(partial / _DONE, done)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -115,14 +131,46 @@ class _Shard:
         self.samples = partial / f"shard-{number:05d}.arrow"
         self.note = partial / f"shard-{number:05d}.json"
 
-    def fill(self, rows: Dataset, prepare: Prepare) -> None:
+    def fill(self, rows: Dataset, prepare: _Preparer) -> None:
         """Prepare the rows and write the samples; DataError when they are refused."""
-        prepared = prepare(rows, first=self.first)
+        prepared = prepare(rows, self.first)
         _written(self.samples, [_arrow(prepared.samples)])
-        write_json(self.note, prepared.dropped)
+        note = {"dropped": prepared.dropped, "refused": [asdict(problem) for problem in prepared.refused]}
+        write_json(self.note, note)
 
 
-def _fill(shards: Iterable[_Shard], rows: Dataset, size: int, prepare: Prepare, *, workers: int, name: str) -> None:
+@dataclass(frozen=True)
+class _Preparer:
+    """What makes samples of a shard's rows, without those that cannot be used where they may be left out."""
+
+    prepare: Prepare
+    lenient: bool
+
+    def __call__(self, rows: Dataset, first: int) -> Prepared:
+        numbers = np.arange(first, first + len(rows))
+        refused: list[BadRow] = []
+        while True:
+            try:
+                prepared = self.prepare(rows.select(numbers - first), first=first)
+            except BadRowsError as error:
+                found = [replace(problem, row=int(numbers[problem.row - first])) for problem in _numbered(error)]
+                if not self.lenient:
+                    raise BadRowsError(found) from error
+                refused += found
+                numbers = np.setdiff1d(numbers, [problem.row for problem in found])
+            else:
+                return replace(prepared, refused=tuple(refused))
+
+
+def _numbered(error: BadRowsError) -> Iterator[Any]:
+    """Yield the problems of an error, each of which names a row."""
+    for problem in error.problems:
+        if problem.row is None:
+            raise error
+        yield problem
+
+
+def _fill(shards: Iterable[_Shard], rows: Dataset, size: int, prepare: _Preparer, *, workers: int, name: str) -> None:
     """Do the shards that are not done: this process alone for some seconds and until the workers have begun, then
     they."""
     from tqdm.auto import tqdm
@@ -146,15 +194,11 @@ def _fill(shards: Iterable[_Shard], rows: Dataset, size: int, prepare: Prepare, 
 
 
 class _Workers:
-    """Processes that do shards; begun once there is work for them.
+    """Processes that do shards; begun once there is work for them."""
 
-    They are plain subprocesses: multiprocessing's would import the caller's script again, and a fork of a process with
-    threads or a GPU can hang.
-    """
-
-    def __init__(self, prepare: Prepare, number: int) -> None:
+    def __init__(self, prepare: _Preparer, number: int) -> None:
         self._prepare, self._number, self._begun = prepare, number, time.monotonic()
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._workers: list[Worker] = []
 
     def __enter__(self) -> Self:
         return self
@@ -162,37 +206,37 @@ class _Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._processes:
-            process.kill()
-            process.communicate()  # closes the pipes, too
+        for worker in self._workers:
+            worker.close()
 
     def ready(self) -> bool:
-        """Tell whether all can take work; the first calls after some seconds begin them."""
+        """Tell whether all can take work; the first call after some seconds begins them."""
         if self._number == 1 or time.monotonic() - self._begun < _ALONE_SECONDS:
             return False
-        if not self._processes:
-            job = pickle.dumps(self._prepare)
-            self._processes = [_start(job) for _ in range(self._number)]
-        answered, _, _ = select.select([process.stdout for process in self._processes if process.stdout], [], [], 0)
-        return len(answered) == self._number  # each says so once it has begun
+        if not self._workers:
+            self._workers = [Worker("trainworks.data.preparing_worker") for _ in range(self._number)]
+            for worker in self._workers:
+                worker.send(_packed(self._prepare))
+        answered, _, _ = select.select(self._workers, [], [], 0)
+        return len(answered) == self._number
 
     def do(self, todo: list[_Shard], part: Callable[[_Shard], Dataset]) -> Iterator[int]:
         """Yield the number of rows of each shard, in turn, once it is done."""
         if not todo:
             return
-        idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-        for process in self._processes:
-            _line(process)
-            idle.put(process)
+        idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self._workers:
+            worker.receive()
+            idle.put(worker)
 
         def one(shard: _Shard) -> int:
-            rows, process = part(shard), idle.get()
+            rows, worker = part(shard), idle.get()
             try:
                 _written(shard.rows, [_arrow(rows)])
-                _ask(process, shard)
+                _ask(worker, shard)
                 shard.rows.unlink()
             finally:
-                idle.put(process)
+                idle.put(worker)
             return len(rows)
 
         with ThreadPoolExecutor(self._number) as threads:
@@ -205,63 +249,43 @@ class _Workers:
                     result.cancel()
 
 
-def _start(job: bytes) -> subprocess.Popen[bytes]:
-    # Where modules come from may be this process's own doing (a notebook's folder, `python -m`), so it is passed on.
-    environment = os.environ | {
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+def _packed(value: Any) -> str:
+    return base64.b64encode(pickle.dumps(value)).decode()
+
+
+def _unpacked(text: str) -> Any:
+    return pickle.loads(base64.b64decode(text))
+
+
+def _ask(worker: Worker, shard: _Shard) -> None:
+    answer = worker.ask(
+        {"first": shard.first, "rows": str(shard.rows), "samples": str(shard.samples), "note": str(shard.note)}
     )
-    assert process.stdin
-    process.stdin.write(len(job).to_bytes(8, "little") + job)
-    process.stdin.flush()
-    return process
-
-
-def _ask(process: subprocess.Popen[bytes], shard: _Shard) -> None:
-    assert process.stdin
-    request = {"first": shard.first, "rows": str(shard.rows), "samples": str(shard.samples), "note": str(shard.note)}
-    try:
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-        answer = _line(process)
-    except BrokenPipeError:
-        answer = None
     if answer is None:
         raise DataError(
-            f"the process that prepared the rows from {shard.first:,} on ended with code {process.wait()} (-9: killed, "
+            f"the process that prepared the rows from {shard.first:,} on ended with code {worker.code()} (-9: killed, "
             "as when memory runs out); the same command goes on, with a lower data.prepare_workers if need be"
         )
     if answer["refused"]:
-        refused: DataError = pickle.loads(base64.b64decode(answer["refused"]))
+        refused: DataError = _unpacked(answer["refused"])
         raise refused
 
 
-def _line(process: subprocess.Popen[bytes]) -> Any:
-    """Return what a worker says, or None when it is gone."""
-    assert process.stdout
-    return json.loads(process.stdout.readline() or b"null")
-
-
-def _work() -> None:
-    """Do what `_ask` asks, line by line, until the other side closes."""
-    stream = sys.stdin.buffer
-    prepare: Prepare = pickle.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed must not pass for an answer
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in stream:
-        request: Mapping[str, Any] = json.loads(line)
+def work() -> None:
+    """Do what the process that builds asks, in a worker; the first request is how rows are prepared."""
+    asked = requests()
+    job, answer = next(asked)
+    prepare: _Preparer = _unpacked(job)
+    answer("ready")
+    for request, answer in asked:
         shard = _Shard(Path(), 0, request["first"])
         shard.rows, shard.samples, shard.note = (Path(request[name]) for name in ("rows", "samples", "note"))
         refused = None
         try:
-            shard.fill(_opened([shard.rows], "rows"), prepare)
+            shard.fill(opened([shard.rows], "rows"), prepare)
         except DataError as error:
-            refused = base64.b64encode(pickle.dumps(error)).decode()
-        print(json.dumps({"refused": refused}), file=answers, flush=True)
+            refused = _packed(error)
+        answer({"refused": refused})
 
 
 def _arrow(rows: Dataset) -> pyarrow.Table:
@@ -284,18 +308,3 @@ def _written(path: Path, parts: Iterable[pyarrow.Table]) -> Path:
         writer.close()
     staged.rename(path)
     return path
-
-
-def _opened(paths: Iterable[Path], key: str) -> Dataset:
-    """Map Arrow streams into memory as one data set; empty ones are left out, unless all are."""
-    from datasets import Dataset, concatenate_datasets
-
-    parts = [Dataset.from_file(str(path)) for path in paths]
-    filled = [part for part in parts if len(part)] or parts[:1]
-    whole = concatenate_datasets(filled) if len(filled) > 1 else filled[0]
-    whole._fingerprint = key[:32]
-    return whole
-
-
-if __name__ == "__main__":
-    _work()

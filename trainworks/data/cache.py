@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pyarrow import ListArray
 
-__all__ = ["Prepared", "code_digest", "digest", "folder", "ragged", "table"]
+    from trainworks.data.bad_rows import BadRow
+
+__all__ = ["Prepared", "code_digest", "digest", "folder", "once", "opened", "ragged", "table"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Prepared:
 
     samples: Dataset
     dropped: dict[str, int]
+    refused: tuple[BadRow, ...] = ()
+    """Rows that could not be used and were left out, by their numbers in the split."""
 
 
 def table(columns: Mapping[str, Any]) -> Dataset:
@@ -60,6 +64,31 @@ def code_digest(*kinds: type) -> str:
     files = [getattr(sys.modules[kind.__module__], "__file__", None) for kind in kinds]  # none in a notebook
     paths = [*Path(__file__).parent.rglob("*.py"), *(Path(file) for file in files if file)]
     return digest(*(path.read_text(encoding="utf-8") for path in sorted(paths)))
+
+
+def once(mark: Path, make: Callable[[], None], *, lock: Path | None = None) -> None:
+    """Let one process do `make`, after which `mark` is there, while any others wait for it; nothing is done where it is
+    there already. `lock` is a file beside the mark by default."""
+    from filelock import FileLock
+
+    if mark.exists():
+        return
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock or mark.with_name(f".{mark.name}.lock")):
+        if not mark.exists():
+            make()
+
+
+def opened(paths: Iterable[Path], key: str) -> Dataset:
+    """Map Arrow streams into memory as one data set with `key` for its fingerprint; empty ones are left out, unless all
+    are."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts = [Dataset.from_file(str(path)) for path in paths]
+    filled = [part for part in parts if len(part)] or parts[:1]
+    whole = concatenate_datasets(filled) if len(filled) > 1 else filled[0]
+    whole._fingerprint = key[:32]
+    return whole
 
 
 def digest(*parts: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from trainworks.data.sources import Rows
 
-__all__ = ["located", "screened"]
+__all__ = ["screened", "told"]
 
 T = TypeVar("T")
 
@@ -37,12 +38,6 @@ def screened(rows: Rows, split: str, check: Callable[[Dataset], T]) -> tuple[Row
             rows = _without(rows, split, error)
 
 
-def located(error: BadRowsError, origin: Origin) -> BadRowsError:
-    """Return an error over rows of a split as one over rows of their files."""
-    problems = [_located(problem, origin) for problem in error.problems]
-    return BadRowsError(problems, more=error.more, advice=error.advice)
-
-
 def _located(problem: BadRow, origin: Origin) -> BadRow:
     if problem.row is None:
         return problem
@@ -50,16 +45,42 @@ def _located(problem: BadRow, origin: Origin) -> BadRow:
     return replace(problem, file=place.file, row=place.row, line=place.line)
 
 
+def told(rows: Rows, split: str, problems: Sequence[BadRow]) -> tuple[Rows, dict[str, int]]:
+    """Return the counts of rows that preparation left out, by reason, and the rows with the list of them, where that is
+    asked for; they are numbered by the split.
+
+    BadRowsError, over rows of their files, when `data.bad_rows` is `error`.
+    """
+    if not problems:
+        return rows, {}
+    listing = _listing(rows, split, "prepared")
+    bad = BadRows(rows.bad_rows, listing)
+    try:
+        bad.extend([_located(problem, rows.origins[split]) for problem in problems])
+        bad.finish()
+    finally:
+        bad.discard()
+    return _listed(rows, listing), dict(bad.counts)
+
+
+def _listing(rows: Rows, split: str, when: str) -> Path:
+    return folder() / "quarantine" / f"{digest(rows.fingerprint, split, rows.source, when)[:16]}.jsonl"
+
+
+def _listed(rows: Rows, listing: Path) -> Rows:
+    return replace(rows, listings=(*rows.listings, listing)) if rows.bad_rows == "quarantine" else rows
+
+
 def _without(rows: Rows, split: str, error: BadRowsError) -> Rows:
     origin, part = rows.origins[split], rows.splits[split]
     refused = {problem.row for problem in error.problems if problem.row is not None}
-    found = located(error, origin)
+    found = [_located(problem, origin) for problem in error.problems]
     if not refused:
-        raise found from error
-    listing = folder() / "quarantine" / f"{digest(rows.fingerprint, split, rows.source)[:16]}.jsonl"
+        raise BadRowsError(found, more=error.more, advice=error.advice) from error
+    listing = _listing(rows, split, "read")
     bad = BadRows(rows.bad_rows, listing)
     try:
-        bad.extend(found.problems)
+        bad.extend(found)
         keep = np.setdiff1d(np.arange(len(part)), np.array(sorted(refused)))
         bad.finish()
         if not len(keep):
@@ -69,10 +90,9 @@ def _without(rows: Rows, split: str, error: BadRowsError) -> Rows:
     splits = rows.splits | {split: part.select(keep)}
     dropped = Counter(rows.dropped.get(split, {})) + bad.counts
     return replace(
-        rows,
+        _listed(rows, listing),
         **splits,
         fingerprint=fingerprint(*splits.values()),
         origins={**rows.origins, split: origin.select(keep)},
         dropped={**rows.dropped, split: dict(dropped)},
-        listings=(*rows.listings, listing) if rows.bad_rows == "quarantine" else rows.listings,
     )

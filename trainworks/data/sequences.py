@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trainworks.data.bad_rows import BadRow, BadRowsError, excerpt
 from trainworks.data.conversations import Dialogue, Row, batches, dialogues
 from trainworks.data.templates import Conversation, encode_dialogues
-from trainworks.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +49,7 @@ def encoded(
     """Yield every row of a format as tokens; `learn` and `turns` are those of `dialogues`, for formats that go through
     the chat template.
 
-    DataError names the row, numbered from `first`, that cannot be read or rendered.
+    BadRowsError names a row, numbered from `first`, that cannot be used; DataError one that cannot be rendered.
     """
     if shape in _PLAIN:
         for batch in batches(rows, first=first):
@@ -60,36 +60,39 @@ def encoded(
             yield Encoded(dialogue.row, conversation, partial(split_dialogue, dialogue, tokenizer))
 
 
+def _refused(row: int, column: str, reason: str, mend: str, detail: str = "", found: Any = "") -> BadRowsError:
+    return BadRowsError([BadRow(reason, mend, detail, excerpt(str(found)), row=row, column=column)])
+
+
 def _texts(batch: list[tuple[int, Row]], tokenizer: Tokenizer) -> Iterator[Encoded]:
     """Yield texts, every token learned, the end token last."""
     texts = [row["text"] for _, row in batch]
-    for (number, _), text in zip(batch, texts, strict=True):
-        if not isinstance(text, str):
-            raise DataError(f"row {number}: column 'text' must be text, found {text!r:.80}")
     for (number, _), ids in zip(batch, tokenizer(texts, verbose=False)["input_ids"], strict=True):
         closed = ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
         # The end token alone would teach to say nothing.
-        yield _sequence(number, closed, np.full(len(closed), bool(text.strip())))
+        yield _sequence(number, closed, np.full(len(closed), bool(texts[number - batch[0][0]].strip())))
 
 
 def _tokenized(batch: list[tuple[int, Row]], tokenizer: Tokenizer) -> Iterator[Encoded]:
     """Yield rows that are token ids already; a column of masks, where there is one, says what is learned of each."""
     for number, row in batch:
         ids, name = row["input_ids"], next((name for name in MASKS if name in row), None)
-        if not isinstance(ids, list):
-            raise DataError(f"row {number}: column 'input_ids' must be a list of numbers, found {ids!r:.80}")
-        if not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids):
-            raise DataError(f"row {number}: column 'input_ids' must hold numbers from 0 to {len(tokenizer) - 1:,}")
-        held = row[name] if name else [1] * len(ids)
-        if not isinstance(held, list) or not all(isinstance(value, int) for value in held):
-            raise DataError(f"row {number}: column '{name}' must be a list of numbers, found {held!r:.80}")
-        if len(held) != len(ids):
-            raise DataError(f"row {number}: {len(ids)} input_ids and {len(held)} {name}; they must be as many")
-        if name == "labels" and any(label not in (IGNORED, token) for label, token in zip(held, ids, strict=True)):
-            raise DataError(
-                f"row {number}: labels must be {IGNORED} or the token of input_ids at the same place; they are not "
-                "shifted beforehand"
+        for column, values in (("input_ids", ids), *([(name, row[name])] if name else [])):
+            if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+                raise _refused(number, column, "not whole numbers", "give a list of whole numbers", found=values)
+        if not all(0 <= token < len(tokenizer) for token in ids):
+            raise _refused(
+                number, "input_ids", "unknown token", f"numbers go from 0 to {len(tokenizer) - 1:,}", found=ids
             )
+        held = row[name] if name else [1] * len(ids)
+        if name and len(held) != len(ids):
+            detail = f"{len(ids)} input_ids and {len(held)} {name}"
+            raise _refused(number, name, "other length", "they must be as many", detail)
+        if name == "labels" and any(label not in (IGNORED, token) for label, token in zip(held, ids, strict=True)):
+            mend = (
+                f"a label is {IGNORED} or the token of input_ids at the same place; labels are not shifted beforehand"
+            )
+            raise _refused(number, name, "labels of other tokens", mend, found=held)
         yield _sequence(number, ids, np.array(held) != IGNORED if name == "labels" else np.array(held, dtype=np.bool_))
 
 
@@ -117,7 +120,7 @@ def _chunks(conversation: Conversation, limit: int) -> list[Conversation]:
 def split_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, limit: int) -> list[Conversation]:
     """Cut a dialogue before user turns, as few times as its length asks for; every part begins with the system turn.
 
-    In a part there may be nothing to learn. DataError when one exchange alone is too long.
+    In a part there may be nothing to learn. BadRowsError when one exchange alone is too long.
     """
     head = next(
         (turn for turn, message in enumerate(dialogue.messages) if message["role"] not in ("system", "developer")), 0
@@ -151,10 +154,10 @@ def _longest(
     if best is None and not part.learned:
         return 1, conversation  # left out, as every part in which nothing is learned
     if best is None:
-        raise DataError(
-            f"row {dialogue.row}: turn {edges[0]} and its answer alone are {len(conversation.input_ids)} tokens, "
-            f"task.max_length is {limit}, so splitting does not help; raise it, or say task.too_long: truncate or drop"
-        )
+        size = len(conversation.input_ids)
+        detail = f"turn {edges[0]} and its answer alone are {size} tokens, task.max_length is {limit}"
+        mend = "raise it, or say task.too_long: truncate or drop"
+        raise _refused(dialogue.row, "messages", "too long to split", mend, detail)
     return best
 
 

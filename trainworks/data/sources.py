@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from huggingface_hub import DatasetInfo
 
     from trainworks.cleaning import Clean
+    from trainworks.reading import Data
     from trainworks.record import StageFacts
-    from trainworks.schema import Data
 
 __all__ = ["Rows", "read"]
 
@@ -138,7 +138,7 @@ def _cleaned(parts: Mapping[str, _Part], wanted: Clean, source: str) -> tuple[_P
     """Clean the training rows; the sets to decontaminate against are read as any source is."""
     from trainworks.data.hygiene.clean import clean
     from trainworks.data.hygiene.documents import items_of
-    from trainworks.schema import Data
+    from trainworks.reading import Data
 
     items: dict[str, list[str]] = {}
     for chosen in wanted.decontaminate.against if wanted.decontaminate else ():

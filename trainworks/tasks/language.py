@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from trainworks.data.loading import Batch, Row
-    from trainworks.models import Head
+    from trainworks.heads import Head
 
 __all__ = ["LanguageTask"]
 
@@ -60,7 +60,7 @@ class LanguageTask(Task, ABC):
         """Prove that no token sees the ones after it, and that backbone and head make the model's own logits."""
         import torch
 
-        from trainworks.models import Head, backbone
+        from trainworks.heads import Head, backbone
 
         ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
         changed = ids.clone()
@@ -148,13 +148,13 @@ class LanguageTask(Task, ABC):
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Return each row's summed cross-entropy in nats."""
-        from trainworks.models import Head
+        from trainworks.heads import Head
 
         return self.loss_from(self._hidden(model, batch), Head(model), batch)
 
     def _hidden(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Return the last states [lines, longest, width]."""
-        from trainworks.models import backbone
+        from trainworks.heads import backbone
 
         # With a cache, transformers does not look for rows in position_ids, and packed ones would see one another.
         hidden: Tensor = backbone(model)(**self.inputs(batch), use_cache=False).last_hidden_state

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, Strict
 
+from trainworks.data.bad_rows import BadRow, BadRowsError
 from trainworks.data.cache import Prepared, ragged, table
 from trainworks.data.columns import Kind
 from trainworks.data.conversations import FORMATS, dialogues, flaws, recognised
@@ -22,11 +23,8 @@ from trainworks.tasks.language import LanguageTask
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from trainworks.data.bad_rows import BadRow
-
 __all__ = ["SFT"]
 
-_NAMED = 5
 _COMPARED = 200
 
 
@@ -138,29 +136,26 @@ class SFT(LanguageTask):
             else:
                 counts["parts with nothing to learn"] += len(parts or ()) - len(useful)
             kept += useful
-        if long:
-            raise DataError(self._too_long(long))
-        if barren and self.nothing_to_learn == "error":
-            raise DataError(self._nothing(barren))
+        refused = [self._too_long(row, size) for row, size in long.items()]
+        if self.nothing_to_learn == "error":
+            refused += map(self._nothing, barren)
+        if refused:
+            raise BadRowsError(sorted(refused, key=lambda problem: problem.row or 0))
         counts["nothing to learn"] = len(barren)
         return Prepared(_samples(kept), {reason: count for reason, count in counts.items() if count})
 
-    def _too_long(self, rows: dict[int, int]) -> str:
-        row, size = next(iter(rows.items()))
-        more = f" ({len(rows) - 1:,} more are too long, the longest is {max(rows.values()):,})" if len(rows) > 1 else ""
-        return (
-            f"row {row}: {size:,} tokens, task.max_length is {self.max_length}{more}; raise it, or say what becomes of "
-            "longer rows: task.too_long: truncate, split or drop"
-        )
+    def _too_long(self, row: int, size: int) -> BadRow:
+        detail = f"{size:,} tokens, task.max_length is {self.max_length}"
+        mend = "raise it, or say what becomes of longer rows: task.too_long: truncate, split or drop"
+        return BadRow("too long", mend, detail, row=row, column=self._column())
 
-    def _nothing(self, rows: list[int]) -> str:
-        named = ("rows " if len(rows) > 1 else "row ") + ", ".join(map(str, rows[:_NAMED]))
-        more = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
-        return (
-            f"{named}{more}: nothing to learn (no text of the assistant's that task.learn: {self.learn} trains on, or "
-            f"it lies behind task.max_length: {self.max_length}); mend these rows, or leave them out with "
-            "task.nothing_to_learn: drop"
-        )
+    def _nothing(self, row: int) -> BadRow:
+        detail = f"no token that task.learn: {self.learn} trains on stands before task.max_length: {self.max_length}"
+        mend = "mend it, or leave such rows out with task.nothing_to_learn: drop"
+        return BadRow("nothing to learn", mend, detail, row=row, column=self._column())
+
+    def _column(self) -> str:
+        return next(iter(FORMATS[self.format].columns))
 
     def facts(self, samples: Dataset) -> dict[str, Any]:
         """Return the tokens, and how many of them are learned."""

@@ -22,7 +22,7 @@ from trainworks.data.bad_rows import BadRow, BadRows, BadRowsError, excerpt
 from trainworks.data.formats import json_rows, lines
 from trainworks.data.sources import Rows, read
 from trainworks.errors import DataError
-from trainworks.schema import Data
+from trainworks.reading import Data
 
 Content = bytes | Callable[[Path], Any]
 

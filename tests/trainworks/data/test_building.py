@@ -17,6 +17,7 @@ import pytest
 from datasets import Dataset
 
 from trainworks.data import building
+from trainworks.data.bad_rows import BadRow, BadRowsError
 from trainworks.data.building import build
 from trainworks.data.cache import Prepared, folder, table
 from trainworks.errors import DataError
@@ -165,3 +166,29 @@ def test_a_preparation_killed_at_any_moment_ends_in_the_same_bytes(seed: int, mo
         assert code == 0
         break
     assert files() == undisturbed
+
+
+def picky(rows: Dataset, *, first: int) -> Prepared:
+    """Refuse the texts that are broken, one at a time."""
+    for place, text in enumerate(rows["text"]):
+        if text == "broken":
+            raise BadRowsError([BadRow("broken", "mend it", row=first + place)])
+    return prepare(rows, first=first)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_that_may_be_left_out_are_told_by_their_numbers(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list(ROWS)
+    for number in (20, 21, 66):
+        texts[number] = "broken"
+    monkeypatch.setattr(building, "_ALONE_SECONDS", 0.0)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    module = __import__("test_building")
+    rows = Dataset.from_dict({"text": texts})
+    with pytest.raises(BadRowsError) as caught:
+        build("key", rows, module.picky, as_they_are, workers=workers)
+    assert [problem.row for problem in caught.value.problems] == [20], "one comes whole out of a worker"
+    for _ in range(2):  # made, and found
+        prepared = build("key", rows, module.picky, as_they_are, workers=workers, lenient=True)
+        assert [problem.row for problem in prepared.refused] == [20, 21, 66]
+        assert sum(prepared.dropped.values()) + len(prepared.samples) == len(texts) - 3

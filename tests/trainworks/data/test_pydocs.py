@@ -4,7 +4,7 @@ from datasets import Dataset
 from trainworks.data import pydocs
 from trainworks.data.sources import read
 from trainworks.errors import DataError
-from trainworks.schema import Data
+from trainworks.reading import Data
 
 
 @pytest.fixture(scope="module")

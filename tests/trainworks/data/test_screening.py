@@ -12,10 +12,10 @@ from datasets import Dataset
 
 from trainworks.data.bad_rows import BadRow, BadRowsError
 from trainworks.data.columns import require_columns
-from trainworks.data.screening import screened
+from trainworks.data.screening import screened, told
 from trainworks.data.sources import Rows, read
 from trainworks.errors import DataError
-from trainworks.schema import Data
+from trainworks.reading import Data
 
 NUMBERS = range(60)
 
@@ -117,3 +117,25 @@ def test_what_is_wrong_with_no_row_in_particular_is_never_skipped(policy: str) -
 
     with pytest.raises(BadRowsError, match="odd as a whole"):
         screened(rows, "train", refuse)
+
+
+@pytest.mark.parametrize("policy", ["skip", "quarantine"])
+def test_what_preparation_refuses_is_counted_and_listed_by_its_place_in_the_file(path: Path, policy: str) -> None:
+    path.write_text(path.read_text().removeprefix("{\n"))
+    rows = rows_of(path, policy)
+    refused = [BadRow("too long", "shorten it", row=row, column="text") for row in (3, 5)]
+    again, counts = told(rows, "train", refused)
+    assert counts == {"too long": 2}
+    assert again.dropped == rows.dropped, "they are still among the rows"
+    listed = [json.loads(line) for file in again.listings for line in file.read_text().splitlines()]
+    numbers = [rows.train["n"][row] for row in (3, 5)] if policy == "quarantine" else []
+    assert [row["row"] for row in listed] == numbers
+    assert told(rows, "train", ()) == (rows, {})
+
+
+def test_what_preparation_refuses_ends_a_run_that_leaves_nothing_out(path: Path) -> None:
+    path.write_text(path.read_text().removeprefix("{\n"))
+    rows = rows_of(path, "error")
+    number = rows.train["n"][4]
+    with pytest.raises(BadRowsError, match=rf"rows\.jsonl:{number + 1}: row {number} .*too long"):
+        told(rows, "train", [BadRow("too long", "shorten it", row=4)])

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from trainworks.data.sources import read
 from trainworks.errors import AccessError, DataError
-from trainworks.schema import Data, Limit
+from trainworks.reading import Data, Limit
 
 COLUMNS = {"text": ["one", 'two "2", é', "three\nlines"], "label": [0, 1, 0], "score": [0.5, 2.0, -1e-3]}
 ROWS = [dict(zip(COLUMNS, values, strict=True)) for values in zip(*COLUMNS.values(), strict=True)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainworks.cleaning import Clean
-from trainworks.data.cache import digest, folder
+from trainworks.data.cache import digest, folder, once, opened
 from trainworks.data.columns import fingerprint
 from trainworks.data.hygiene.contamination import index_items
 from trainworks.data.hygiene.documents import check_columns
@@ -26,7 +26,7 @@ from trainworks.data.hygiene.plan import write_plan
 from trainworks.data.hygiene.stages import INDEX, Stage, chosen, kept_rows, phases, verdicts
 from trainworks.data.hygiene.workspace import GONE, STAYS, Workspace, write_arrays, write_table
 from trainworks.errors import ConfigError, DataError, nearest
-from trainworks.record import StageFacts, write_json
+from trainworks.record import StageFacts, file_sha256, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,26 +59,22 @@ def clean(rows: Dataset, settings: Clean, items: Items, *, source: str = "rows")
     of their files, do not depend on `workers` or `executor`. DataError when a column cannot be used or no row stays;
     LaunchError when a package or a worker is missing.
     """
-    from filelock import FileLock
-
     _check(rows, settings, source)
     inputs = {"rows": fingerprint(rows), "items": _digest_items(items)}
     key = digest(_said(settings), _code(), *inputs.values())
     place = folder() / "cleaned" / key
-    place.mkdir(parents=True, exist_ok=True)
     space = Workspace(place, settings, _sizes(rows, settings))
-    if not (place / "manifest.json").exists():
-        with FileLock(place.with_name(f".{key}.lock")):
-            if not (place / "manifest.json").exists():
-                _make(space, rows, items, inputs)
-    shutil.rmtree(space.work, ignore_errors=True)
+    # The lock lies outside, since what killed processes left inside is removed.
+    lock = place.with_name(f".{key}.lock")
+    once(place / "manifest.json", lambda: _make(space, rows, items, inputs), lock=lock)
+    shutil.rmtree(space.making, ignore_errors=True)
     done = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
     stages = tuple(StageFacts.model_validate(stage["facts"]) for stage in done["stages"])
     if stages and not stages[-1].rows_out:
         raise DataError(f"{source}: data.clean leaves no row; {_told(stages)}")
-    opened = _opened([space.kept(shard) for shard in range(len(space.sizes))], key)
+    kept = opened([space.kept(shard) for shard in range(len(space.sizes))], key)
     with np.load(place / _KEPT) as held:
-        return Cleaned(opened, held["rows"], stages, place)
+        return Cleaned(kept, held["rows"], stages, place)
 
 
 def _told(stages: Sequence[StageFacts]) -> str:
@@ -141,7 +137,7 @@ def _make(space: Workspace, rows: Dataset, items: Items, inputs: Mapping[str, st
     for staged in space.folder.rglob(".*"):  # what a process that was killed had begun to write
         staged.unlink(missing_ok=True)
     write_arrays(space.folder / _KEPT, {"rows": kept_rows(space)})
-    files = {f"{shard:05d}.arrow": _sha256(space.kept(shard)) for shard in range(len(space.sizes))}
+    files = {f"{shard:05d}.arrow": file_sha256(space.kept(shard)) for shard in range(len(space.sizes))}
     write_json(space.folder / "manifest.json", {"input": inputs, "stages": stages, "files": files})
 
 
@@ -203,22 +199,3 @@ def _facts(space: Workspace, stage: Stage, before: str) -> tuple[StageFacts, str
         found=dict(sorted(found.items())),
     )
     return facts, content.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        total = sha256()
-        while part := file.read(2**20):
-            total.update(part)
-    return total.hexdigest()
-
-
-def _opened(paths: Sequence[Path], key: str) -> Dataset:
-    """Map Arrow streams into memory as one data set; empty ones are left out, unless all are."""
-    from datasets import Dataset, concatenate_datasets
-
-    parts = [Dataset.from_file(str(path)) for path in paths]
-    filled = [part for part in parts if len(part)] or parts[:1]
-    whole = concatenate_datasets(filled) if len(filled) > 1 else filled[0]
-    whole._fingerprint = key[:32]
-    return whole

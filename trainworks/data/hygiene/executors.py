@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,7 +17,8 @@ from typing import Any
 
 from trainworks.cleaning import Clean
 from trainworks.data.hygiene.stages import Phase, output
-from trainworks.data.hygiene.workspace import Workspace
+from trainworks.data.hygiene.workspace import Workspace, logs_folder
+from trainworks.data.workers import Worker, python_path
 from trainworks.errors import ConfigError, LaunchError, nearest
 
 __all__ = ["check_installed", "executor"]
@@ -55,7 +54,7 @@ def _missing(space: Workspace, phase: Phase) -> list[int]:
 
 
 def _logs(space: Workspace, phase: Phase) -> Path:
-    return space.work / "logs" / phase.name
+    return logs_folder(space.folder) / phase.name
 
 
 # This machine
@@ -63,22 +62,22 @@ def _logs(space: Workspace, phase: Phase) -> Path:
 
 @contextmanager
 def _local(space: Workspace) -> Iterator[Run]:
-    idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-    processes: list[subprocess.Popen[str]] = []
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    workers: list[Worker] = []
 
     def do(phase: Phase, rank: int) -> None:
-        process = idle.get()
+        worker = idle.get()
         try:
-            _ask(process, space, phase, rank)
+            _ask(worker, space, phase, rank)
         finally:
-            idle.put(process)
+            idle.put(worker)
 
     def run(phase: Phase) -> None:
         missing = _missing(space, phase)
-        while len(processes) < min(space.settings.workers, len(missing)):
-            processes.append(_start(space.folder))
-            idle.put(processes[-1])
-        with ThreadPoolExecutor(max(1, len(processes))) as threads:
+        while len(workers) < min(space.settings.workers, len(missing)):
+            workers.append(Worker("trainworks.data.hygiene.steps", str(space.folder.absolute())))
+            idle.put(workers[-1])
+        with ThreadPoolExecutor(max(1, len(workers))) as threads:
             results = [threads.submit(do, phase, rank) for rank in missing]
             try:
                 for result in results:
@@ -90,42 +89,14 @@ def _local(space: Workspace) -> Iterator[Run]:
     try:
         yield run
     finally:
-        for process in processes:
-            _stop(process)
+        for worker in workers:
+            worker.close()
 
 
-def _start(folder: Path) -> subprocess.Popen[str]:
-    # A plain subprocess: multiprocessing's would import the caller's script again. Where modules come from may be this
-    # process's own doing (a notebook's folder, `python -m`), so it is passed on.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
-    command = [sys.executable, "-m", "trainworks.data.hygiene.steps", str(folder.absolute())]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in filter(None, (process.stdin, process.stdout)):
-        with suppress(BrokenPipeError):  # what was asked of one that is dead already
-            pipe.close()
-
-
-def _python_path() -> str:
-    return os.pathsep.join(path or os.getcwd() for path in sys.path)
-
-
-def _ask(process: subprocess.Popen[str], space: Workspace, phase: Phase, rank: int) -> None:
-    assert process.stdin
-    assert process.stdout
-    try:
-        process.stdin.write(json.dumps({"jobs": phase.jobs, "ranks": phase.ranks, "rank": rank}) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-    except BrokenPipeError:
-        answer = ""
-    if not answer:
+def _ask(worker: Worker, space: Workspace, phase: Phase, rank: int) -> None:
+    if worker.ask({"jobs": phase.jobs, "ranks": phase.ranks, "rank": rank}) is None:
         raise LaunchError(
-            f"the process that cleaned shard {rank} ({phase.name}) ended with code {process.wait()} (-9: killed, as "
+            f"the process that cleaned shard {rank} ({phase.name}) ended with code {worker.code()} (-9: killed, as "
             f"when memory runs out); its log is in {_logs(space, phase)}. The same command goes on from there"
         )
 
@@ -144,7 +115,7 @@ def _slurm(space: Workspace) -> Iterator[Run]:
     options = {
         "workers": space.settings.workers,
         "skip_completed": False,  # the files themselves say what is done
-        "env_command": f"export PATH={path} PYTHONPATH={shlex.quote(_python_path())}",
+        "env_command": f"export PATH={path} PYTHONPATH={shlex.quote(python_path())}",
         **_checked(SlurmPipelineExecutor, chosen.pop("options")),
         **chosen,
     }

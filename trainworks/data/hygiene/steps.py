@@ -5,7 +5,6 @@ python -m trainworks.data.hygiene.steps FOLDER      reads `{"jobs": [...], "rank
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from trainworks.data.hygiene.plan import open_workspace
 from trainworks.data.hygiene.stages import Phase, perform
+from trainworks.data.hygiene.workspace import logs_folder
+from trainworks.data.workers import requests
 
 __all__ = ["JobStep", "steps"]
 
@@ -53,14 +54,11 @@ class _Worker(LocalPipelineExecutor):  # type: ignore[misc]
 
 
 def _work(folder: Path) -> None:
-    """Do what is asked until the other side closes, so that no worker outlives the process it works for."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed must not pass for an answer
-    for line in sys.stdin:
-        asked = json.loads(line)
+    for asked, answer in requests():
         phase = Phase(tuple(asked["jobs"]), asked["ranks"])
-        logs = str(folder / "work" / "logs" / phase.name)
+        logs = str(logs_folder(folder) / phase.name)
         _Worker(steps(folder, phase), tasks=phase.ranks, logging_dir=logs, skip_completed=False).do(asked["rank"])
-        print(json.dumps(asked["rank"]), file=answers, flush=True)
+        answer(asked["rank"])
 
 
 if __name__ == "__main__":

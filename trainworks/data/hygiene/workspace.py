@@ -3,7 +3,7 @@
     cleaned/KEY/rows/00000.arrow      the rows that stay, an Arrow stream for each shard
     cleaned/KEY/manifests/1-NAME.json what a stage did
     cleaned/KEY/manifest.json         all of it; written last
-    cleaned/KEY/work/                 the rows before, and what the jobs found; removed at the end
+    cleaned/KEY/making/               the rows before, and what was found in them; removed at the end
 
 Every file appears under its name once it is whole, and says the same whoever writes it. So a job may be killed at any
 moment, done again, or done by two processes at once.
@@ -25,12 +25,22 @@ from numpy.typing import NDArray
 from trainworks.cleaning import Clean
 from trainworks.data.hygiene.documents import documents
 
-__all__ = ["GONE", "STAYS", "Workspace", "write_arrays", "write_table"]
+__all__ = ["GONE", "STAYS", "Workspace", "logs_folder", "making", "write_arrays", "write_table"]
 
 STAYS, GONE = 0, 255
 """Verdicts on a row: it stays; a stage before took it out. Other numbers are a stage's reasons, counted from 1."""
 
 Verdicts = NDArray[np.uint8]
+
+
+def making(folder: Path) -> Path:
+    """Return where a cleaning keeps what it needs while it goes on."""
+    return folder / "making"
+
+
+def logs_folder(folder: Path) -> Path:
+    """Return where its processes write their logs."""
+    return making(folder) / "logs"
 
 
 class Workspace:
@@ -41,7 +51,7 @@ class Workspace:
         self.settings = settings
         self.sizes = sizes
         """Rows of each shard."""
-        self.work = folder / "work"
+        self.making = making(folder)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -50,11 +60,11 @@ class Workspace:
 
     def path(self, job: str, rank: int) -> Path:
         """Return the file that a job leaves."""
-        return self.work / job / f"{rank:05d}.npz"
+        return self.making / job / f"{rank:05d}.npz"
 
     def source(self, shard: int) -> Path:
         """Return the file of a shard's rows before cleaning."""
-        return self.work / "source" / f"{shard:05d}.arrow"
+        return self.making / "source" / f"{shard:05d}.arrow"
 
     def kept(self, shard: int) -> Path:
         """Return the file of the rows that stay."""

@@ -26,8 +26,9 @@ from trainworks.cleaning import (
 from trainworks.data.hygiene import executors
 from trainworks.data.hygiene.clean import clean
 from trainworks.data.sources import read
+from trainworks.data.workers import Worker
 from trainworks.errors import ConfigError, DataError, LaunchError
-from trainworks.schema import Data
+from trainworks.reading import Data
 
 WORDS = (  # noqa: SIM905
     "the old house stood on a green hill and from its windows one could see the river where small boats went by "
@@ -94,7 +95,7 @@ def test_every_stage_leaves_a_manifest_that_names_its_input_by_the_output_before
         assert after["input"] == before["output"]
     for manifest in manifests:
         assert all(len(manifest[name]) == 64 for name in ("config", "code", "input", "output"))
-    assert not (cleaned.folder / "work").exists()
+    assert not (cleaned.folder / "making").exists()
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,18 +155,20 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch: 
 
 
 def test_a_worker_that_dies_is_told_and_its_shards_are_done_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = executors._start
-    monkeypatch.setattr(executors, "_start", lambda folder: _killed(started(folder)))
-    with pytest.raises(LaunchError, match="ended with code -9"):
-        clean(rows(), Clean(exact=True), {})
-    monkeypatch.setattr(executors, "_start", started)
+    with monkeypatch.context() as patch:
+        patch.setattr(executors, "Worker", Killed)
+        with pytest.raises(LaunchError, match="ended with code -9"):
+            clean(rows(), Clean(exact=True), {})
     assert len(clean(rows(), Clean(exact=True), {}).rows) == 199
 
 
-def _killed(process):
-    process.kill()
-    process.wait()
-    return process
+class Killed(Worker):
+    """A worker that dies before it is asked anything."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__(*words)
+        self._process.kill()
+        self._process.wait()
 
 
 SBATCH = """#!{python}
