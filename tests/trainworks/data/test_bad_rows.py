@@ -62,6 +62,19 @@ def with_text(value: bytes, file: str = "rows.parquet") -> Callable[[Path], None
     return write
 
 
+def with_messages(value: bytes) -> Callable[[Path], None]:
+    """Write conversations of two turns whose second one's answer has these bytes, after a row of none."""
+
+    def write(path: Path) -> None:
+        raw = pa.array([b"a", b"b", b"a", value, b"a", b"b"], pa.binary())
+        said = pa.Array.from_buffers(pa.string(), 6, raw.buffers())
+        turns = pa.StructArray.from_arrays([pa.array(["user", "assistant"] * 3), said], ["role", "content"])
+        table = pa.table({"messages": pa.ListArray.from_arrays(pa.array([0, 2, 4, 6], pa.int32()), turns)})
+        parquet.write_table(table, path)
+
+    return write
+
+
 FIXTURES = [
     Fixture("broken.jsonl", GOOD + b'{"text": }\n' + GOOD, 1, 2, "broken JSON, Expecting value", left=2),
     Fixture(
@@ -91,6 +104,8 @@ FIXTURES = [
     Fixture("nul.csv", b'text,n\n"one\nmore",1\n"t\nw\0o",2\n', 1, 5, "tr -d '\\000' < nul.csv", left=1),
     Fixture("nul.txt", b"one\nt\0wo\n", 0, 2, "NUL character, at character 1 of the line", left=0),
     Fixture("nul.json", b'[{"text": "a"},\n{"text": "\0"}]', 1, 2, "NUL character"),
+    Fixture("inside.parquet", with_messages(b"t\0wo"), 1, None, "NUL character", "messages", left=2),
+    Fixture("torn.parquet", with_messages(b"caf\xe9"), 1, None, "byte 3 of the cell is 0xe9", "messages", left=2),
     Fixture("nul.parquet", with_text(b"t\0wo"), 1, None, "NUL character", "text", left=2),
     Fixture("invalid.parquet", with_text(b"caf\xe9"), 1, None, "byte 3 of the cell is 0xe9", "text", left=2),
     Fixture("invalid.arrow", with_text(b"\xff", "arrow"), 1, None, "byte 0 of the cell is 0xff", "text", left=2),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from trainworks.data.bad_rows import BadRow, BadRows, BadRowsError, excerpt
 from trainworks.data.formats.base import Chunk
@@ -54,7 +55,7 @@ def arrow_rows(path: Path, bad: BadRows) -> Iterator[Chunk]:
 def _checked(tables: Iterable[pa.Table], path: Path, bad: BadRows) -> Iterator[Chunk]:
     """Yield the tables without the rows whose text is not text."""
     start = 0
-    for table in tables:
+    for table in filter(len, tables):
         rows = start + np.arange(len(table))
         start += len(table)
         if wrong := _wrong(table):
@@ -66,13 +67,26 @@ def _checked(tables: Iterable[pa.Table], path: Path, bad: BadRows) -> Iterator[C
 
 
 def _wrong(table: pa.Table) -> dict[int, BadRow]:
+    """Return, by row, the first text in a table of one batch that is not text, however deep it lies."""
     wrong: dict[int, BadRow] = {}
     for name, cells in zip(table.column_names, table.columns, strict=True):
-        if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
-            raw = pc.cast(cells, pa.large_binary())
-            if pc.any(pc.match_substring(raw, b"\0")).as_py() or not _is_valid(cells):
-                wrong = dict(_wrong_cells(raw, name)) | wrong
+        for texts, rows in _texts(pa.concat_arrays(cells.chunks), np.arange(len(table))):
+            raw = pc.cast(texts, pa.large_binary())
+            if pc.any(pc.match_substring(raw, b"\0")).as_py() or not _is_valid(texts):
+                for place, problem in _wrong_cells(raw, name):
+                    wrong.setdefault(int(rows[place]), problem)
     return wrong
+
+
+def _texts(cells: pa.Array, rows: NDArray[np.int64]) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
+    """Yield the arrays of text in a column, those inside lists and objects, too, and the row of each text."""
+    if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        yield cells, rows
+    elif pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
+        yield from _texts(pc.list_flatten(cells), rows[pc.list_parent_indices(cells).to_numpy()])
+    elif pa.types.is_struct(cells.type):
+        for inner in cells.flatten():
+            yield from _texts(inner, rows)
 
 
 def _is_valid(cells: Any) -> bool:
