@@ -30,7 +30,10 @@ def _lines(part: SourceSamples) -> Iterator[str]:
         if stage.found:
             yield f"  {'':<14} {_counts(stage.found)}"
     for split, prepared in part.splits.items():
-        yield f"  {split:<14} {len(prepared.samples):>12,} samples {_counts(prepared.dropped)}".rstrip()
+        samples = f"sample{'' if len(prepared.samples) == 1 else 's'}"
+        yield f"  {split:<14} {len(prepared.samples):>12,} {samples:<15} {_counts(part.left_out(split))}".rstrip()
+    for listing in part.source.rows.listings:
+        yield f"  bad rows are listed in {listing}"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -161,7 +161,7 @@ def _tables(part: SourceSamples, processor: Processor) -> Iterator[SplitTable]:
     for split, prepared in part.splits.items():
         same = task.agreement(rows.splits[split], processor)
         name = f"{part.source.name} ({split})"
-        table = SplitTable(name, len(rows.splits[split]), len(prepared.samples), prepared.dropped, same)
+        table = SplitTable(name, part.num_rows(split), len(prepared.samples), part.left_out(split), same)
         for batch in _sequences(prepared.samples, task):
             table.count(batch, ends, bos)
         yield table
@@ -178,20 +178,22 @@ def _sequences(samples: Dataset, task: Task) -> Iterator[list[tuple[Any, Any]]]:
 
 def _shown(source: Source, processor: Processor, rows: int) -> Iterator[Shown]:
     """Prepare some rows by themselves, so that it is known which row a sample is from."""
+    origin = source.rows.origins["train"]
     for number in range(min(rows, len(source.rows.train))):
+        name = f"{source.name}, row {origin.at(number).row}"
         try:
             prepared = source.task.prepare(source.rows.train.select([number]), processor, first=number)
         except BadRowsError as error:  # where these end a run, it ended before
-            yield Shown(f"{source.name}, row {number}: left out ({error.problems[0].reason})", ())
+            yield Shown(f"{name}: left out ({error.problems[0].reason})", ())
             continue
         samples = [sample for batch in _sequences(prepared.samples, source.task) for sample in batch]
         left_out = ", ".join(f"{reason} {count:,}" for reason, count in prepared.dropped.items())
         if not samples:
-            yield Shown(f"{source.name}, row {number}: left out ({left_out})", ())
+            yield Shown(f"{name}: left out ({left_out})", ())
         for part, (ids, learned) in enumerate(samples, 1):
             which = f", part {part} of {len(samples)}" if len(samples) > 1 else ""
             facts = f"{len(ids):,} tokens, {int(learned.sum()):,} learned{f' ({left_out})' if left_out else ''}"
-            yield Shown(f"{source.name}, row {number}{which}: {facts}", tuple(_pieces(ids, learned, processor)))
+            yield Shown(f"{name}{which}: {facts}", tuple(_pieces(ids, learned, processor)))
 
 
 def _pieces(ids: Any, learned: Any, processor: Processor) -> Iterator[Piece]:

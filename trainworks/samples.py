@@ -176,6 +176,14 @@ class SourceSamples:
     tools: str
     """The fingerprint of what turned its rows to samples."""
 
+    def num_rows(self, split: str) -> int:
+        """Return how many rows of a split were read, bad ones included."""
+        return len(self.source.rows.splits[split]) + sum(self.source.rows.dropped.get(split, {}).values())
+
+    def left_out(self, split: str) -> dict[str, int]:
+        """Return what of a split was left out, cut or split on the way to its samples, by reason."""
+        return {**self.source.rows.dropped.get(split, {}), **self.splits[split].dropped}
+
 
 def prepare_sources(config: Config, sources: Sequence[Source], processor: Processor) -> list[SourceSamples]:
     """Turn every source's splits into training sequences; by one process of each machine, kept by content. All
@@ -277,9 +285,9 @@ def _source_facts(part: SourceSamples) -> DataFacts:
         splits=tuple(
             SplitFacts(
                 name=name,
-                rows=len(rows.splits[name]) + sum(rows.dropped.get(name, {}).values()),
+                rows=part.num_rows(name),
                 samples=len(prepared.samples),
-                dropped={**rows.dropped.get(name, {}), **prepared.dropped},
+                dropped=part.left_out(name),
                 **part.source.task.facts(prepared.samples),
             )
             for name, prepared in part.splits.items()
