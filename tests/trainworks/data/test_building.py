@@ -141,7 +141,7 @@ import test_building as test
 from functools import partial
 from trainworks.data import building
 building._SHARD_ROWS, building._ALONE_SECONDS = 7, 0.2
-building.build("key", test.rows(), partial(test.prepare, seconds=0.05), test.in_pairs, workers=2)
+building.build("key", test.rows(), partial(test.prepare, seconds=0.2), test.in_pairs, workers=2)
 """
 
 
@@ -155,9 +155,9 @@ def test_a_preparation_killed_at_any_moment_ends_in_the_same_bytes(seed: int, mo
     draw, kills = random.Random(seed), 0
     while True:
         process = subprocess.Popen(command, start_new_session=True)
-        # A process takes some seconds to begin; the moment is drawn over its beginning and its work.
+        # Beginning takes a second or more and the work two more; the moment is drawn over both.
         try:
-            code = process.wait(timeout=draw.uniform(1.0, 6.0) if kills < 4 else 120.0)
+            code = process.wait(timeout=draw.uniform(0.3, 2.0 + kills) if kills < 4 else 120.0)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -165,6 +165,7 @@ def test_a_preparation_killed_at_any_moment_ends_in_the_same_bytes(seed: int, mo
             continue
         assert code == 0
         break
+    assert kills, "it ended before the first kill"
     assert files() == undisturbed
 
 
