@@ -19,6 +19,7 @@ Config = RunConfig[Any]
 _CHANGEABLE = (
     "about",
     "every",
+    "faults",
     "trackers",
     "hub",
     "goal",

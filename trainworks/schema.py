@@ -24,6 +24,7 @@ __all__ = [
     "Batch",
     "Budget",
     "Every",
+    "Faults",
     "FromScratch",
     "Full",
     "Goal",
@@ -200,6 +201,35 @@ class Every(Settings):
     """Checkpoints kept, newest first; the best one is kept besides."""
 
 
+Remedy = Literal["stop", "skip", "rollback"]
+
+
+class Faults(Settings):
+    """What a run does when something goes wrong. While nothing does, none of it touches what is learned.
+
+    A bad step is one whose loss or gradient is not a number, or whose loss is a spike. It never reaches the weights.
+    Then `stop` ends the run, `skip` goes on with the next step, and `rollback` goes on from the newest checkpoint and
+    leaves the bad step out.
+    """
+
+    not_finite: Remedy = "stop"
+    """What becomes of a step whose loss or gradient is not a number."""
+    spike: Remedy | Literal["ignore"] = "ignore"
+    """What becomes of a step whose loss is far above those before it."""
+    sigma: Annotated[float, Strict(), Field(gt=0)] = 6.0
+    """A spike lies more than so many standard deviations above the mean of the window."""
+    window: Annotated[int, Strict(), Field(ge=8)] = 128
+    """Good steps that a loss is compared with; before there are as many, no loss is a spike."""
+    at_most: Count = 100
+    """Bad steps in a row after which the run stops, whatever is said above."""
+    full_disk: Literal["stop", "go_on"] = "stop"
+    """What becomes of a run that cannot save since the disk is full; the checkpoints before stay in any case."""
+    rank_timeout: Count = 600
+    """Seconds without a sign of life after which a process is taken to hang, and the others end."""
+    stop_within: Count = 25
+    """Seconds after a SIGTERM in which the run saves and ends, or ends without; torchrun kills after 30."""
+
+
 class Goal(Settings):
     """The problem, stated as a number: the card and the outcome say whether it was met."""
 
@@ -268,6 +298,8 @@ class RunConfig(Settings, Generic[TaskT]):
     """How to compute."""
     every: Every = Every()
     """When to log, evaluate, save."""
+    faults: Faults = Faults()
+    """What to do when something goes wrong."""
     metrics: tuple[Name, ...] = ()
     """More metrics: names or local paths of Hugging Face `evaluate` modules, as `module` or `module:key`."""
     goal: Goal | None = None
