@@ -17,7 +17,7 @@ from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, Toolkit
 from trainworks.output import is_complete
 from trainworks.record import Outcome, RunRecord, read_record, write_json
 from trainworks.schema import RunConfig
-from trainworks.stopping import Stopped, follow_launcher
+from trainworks.stopping import Stopped, follow_launcher, told_to_launcher
 
 if TYPE_CHECKING:
     from trainworks.run import Run
@@ -189,9 +189,7 @@ def _recorded(config: RunConfig[Any], action: Callable[[], Outcome]) -> int:
         raise
     _write(folder, outcome)
     say(outcome.reason)
-    # torchrun starts a rank that did not exit with 0 again, though the run was asked to stop.
-    restarts = "TORCHELASTIC_RUN_ID" in os.environ and outcome.code == EXIT_PREEMPTED
-    return EXIT_OK if restarts else outcome.code
+    return told_to_launcher(outcome.code)
 
 
 def _write(folder: Path, outcome: Outcome) -> None:

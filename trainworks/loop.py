@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainworks.data.loading import Batch
-from trainworks.optim import clip, learning_rate
+from trainworks.optim import clip, learning_rate, take_step
 from trainworks.run import Run
 
 __all__ = ["TrainStep", "train_steps"]
@@ -28,6 +28,8 @@ class TrainStep:
     source_losses: Tensor
     """The loss of each of the run's sources, [sources]; not a number where the step saw nothing of one."""
     grad_norm: Tensor
+    spoiled: Tensor
+    """1.0 where the step was bad and did not reach the weights, else 0.0."""
 
     @property
     def is_last(self) -> bool:
@@ -40,34 +42,38 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
 
     The step's loss is, summed over the task's terms, everything they add up to on every rank and micro-batch over
     everything they count there. The counts are known beforehand, so each micro-batch's backward pass already carries
-    the right weight.
+    the right weight. A step that `run.watch` finds bad leaves weights and moments as they are.
+
+    Where `run` is put back to a checkpoint between two steps, it goes on from there.
     """
     parameters = [parameter for parameter in run.step.parameters() if parameter.requires_grad]
     limit = float("inf") if run.config.optim.max_grad_norm == "off" else run.config.optim.max_grad_norm
     run.step.train()
-    for window in run.windows():
-        counts = run.world.total(_by_source(run, window.batches, [run.task.count(batch) for batch in window.batches]))
-        whole = {name: count.sum().clamp(min=1) for name, count in counts.items()}
-        done = []
-        for batch in window.batches:
-            with run.world.accumulating(run.step, sync=batch is window.batches[-1]):
-                terms = run.step(batch)
-                loss = sum((terms[name] * batch["weight"]).sum() / count for name, count in whole.items())
-                (loss * run.world.ranks).backward()  # ranks are averaged when gradients meet
-                done.append({name: term.detach() for name, term in terms.items()})
-        norm = clip(parameters, limit)
-        lr = learning_rate(run.config.optim, run.progress.step, run.plan.num_steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.progress.step += 1
-        run.progress.samples += window.samples
-        run.progress.tokens += window.tokens
-        sums = run.world.total(_by_source(run, window.batches, done))
-        total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()
-        apart = torch.stack([sums[name] / count for name, count in counts.items()]).sum(0)
-        yield TrainStep(run.progress.step, run.plan.num_steps, lr, total, apart, norm)
+    while run.progress.step < run.plan.num_steps:
+        for window in run.windows():
+            number = run.progress.step + 1
+            counts = run.world.total(_by_source(run, window.batches, [run.task.count(each) for each in window.batches]))
+            whole = {name: count.sum().clamp(min=1) for name, count in counts.items()}
+            done = []
+            for batch in window.batches:
+                with run.world.accumulating(run.step, sync=batch is window.batches[-1]):
+                    terms = run.step(batch)
+                    loss = sum((terms[name] * batch["weight"]).sum() / count for name, count in whole.items())
+                    (loss * run.world.ranks).backward()  # ranks are averaged when gradients meet
+                    done.append({name: term.detach() for name, term in terms.items()})
+            sums = run.world.total(_by_source(run, window.batches, done))
+            total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()
+            apart = torch.stack([sums[name] / count for name, count in counts.items()]).sum(0)
+            norm = clip(parameters, limit)
+            spoiled = run.world.largest(run.watch.judge(number, total, norm))
+            lr = learning_rate(run.config.optim, number - 1, run.plan.num_steps)
+            take_step(run.optimizer, lr, spoiled)
+            run.progress.step = number
+            run.progress.samples += window.samples
+            run.progress.tokens += window.tokens
+            yield TrainStep(number, run.plan.num_steps, lr, total, apart, norm, spoiled)
+            if run.progress.step != number:
+                break
 
 
 def _by_source(run: Run, batches: Sequence[Batch], values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-__all__ = ["build_optimizer", "clip", "learning_rate"]
+__all__ = ["build_optimizer", "clip", "learning_rate", "num_moments", "take_step"]
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -47,8 +47,30 @@ def build_optimizer(optim: Optim, module: nn.Module) -> Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0])
+        sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], fused=True)
+        if optim.betas[0]:
+            # torch 2.13 leaves the momentum uninitialised where the very first step is one that must not count.
+            sgd.state.update({each: {"momentum_buffer": torch.zeros_like(each)} for each in trained})
+        return sgd
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def num_moments(optim: Optim) -> int:
+    """Return how many numbers the optimizer keeps for each weight."""
+    return {"adamw": 2, "sgd": 1 if optim.betas[0] else 0}[optim.name]
+
+
+def take_step(optimizer: Optimizer, lr: float, spoiled: Tensor) -> None:
+    """Change the weights at the rate `lr`, and forget the gradients; where `spoiled`, a scalar on the device, is 1.0,
+    weights and moments stay as they are.
+
+    It is torch's way to leave out a step whose scaled gradients overflowed, and takes no look at the device.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = spoiled  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def clip(parameters: Iterable[Tensor], limit: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from trainworks import models, tuning
+from trainworks.bad_steps import Watch
 from trainworks.config import resolved
 from trainworks.data.loading import Samples
 from trainworks.data.order import mix
@@ -105,6 +106,7 @@ def assemble(
         tuned=tuned,
         processor=processor,
         optimizer=build_optimizer(config.optim, step),
+        watch=Watch(config.faults, world.device),
         train=data.train,
         packs=data.packs,
         ends=data.ends,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trainworks.errors import CheckpointError
 
 __all__ = [
+    "BadStep",
     "Comparison",
     "Cost",
     "CurvePoint",
@@ -136,6 +137,20 @@ class CurvePoint(_Fact):
     """Wall seconds of training since the run began, over all its resumed parts."""
     source_losses: dict[str, float] = {}
     """The step's loss on the rows of each source, where there are several."""
+
+
+class BadStep(_Fact):
+    """A training step that did not reach the weights."""
+
+    step: int
+    kind: str
+    """`not a number`, of its loss or its gradient, or `spike`."""
+    loss: float
+    grad_norm: float
+    samples: tuple[int, ...] = ()
+    """The numbers of the training samples it saw."""
+    remedy: str = ""
+    """What was done then: `stop`, `skip` or `rollback`."""
 
 
 class SplitFacts(_Fact):
@@ -307,6 +322,7 @@ class RunRecord(_Fact):
     comparisons: tuple[Comparison, ...] = ()
     cost: Cost = Cost()
     goal: GoalOutcome | None = None
+    bad_steps: tuple[BadStep, ...] = ()
     resumed_at: tuple[int, ...] = ()
     """Steps at which the run was continued after a stop."""
     notes: tuple[str, ...] = ()

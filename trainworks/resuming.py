@@ -15,7 +15,7 @@ __all__ = ["resume"]
 def resume(run: Run) -> Run:
     """Bring a freshly assembled run to where its folder's last checkpoint stood; a new run is returned as it is. All
     ranks."""
-    if not (run.folder / "run.json").exists():
+    if not run.world.gather((run.folder / "run.json").exists())[0]:  # as the main process, which writes it, sees it
         return run
     old = read_record(run.folder)
     _check_same(run, old)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from trainworks.bad_steps import Watch
 from trainworks.data.loading import Batch, Samples, Window, evaluation_batches, windows
 from trainworks.data.order import Plan
 from trainworks.data.packing import Packs
@@ -84,6 +85,8 @@ class Run:
     tuned: Tuned
     processor: Processor
     optimizer: Optimizer
+    watch: Watch
+    """Keeps bad steps from the weights."""
     train: Dataset
     """The prepared rows."""
     packs: Packs
@@ -97,6 +100,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     """Per evaluation, what comparisons are computed from."""
+    between_batches: Callable[[], object] = bool
+    """Called between the batches of an evaluation; what it raises ends the evaluation. All ranks."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -147,7 +152,9 @@ class Run:
             workers=self.config.data.workers,
             pin=self.world.on_gpu,
         )
-        return map(self.world.move, shares)
+        for batch in shares:
+            self.between_batches()
+            yield self.world.move(batch)
 
     def note(self, **facts: Any) -> None:
         """Replace fields of the record; `save_record` writes it."""

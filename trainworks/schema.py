@@ -183,6 +183,8 @@ class Speed(Settings):
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the model's layers; `auto` does on a GPU. The first step then takes some seconds longer."""
+    background_saving: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory."""
 
 
 Interval = Count | Literal["end"]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from trainworks.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
+from trainworks.record import Outcome, read_record, write_json
 
 if TYPE_CHECKING:
-    from trainworks.parallel.launch import World
+    from trainworks.run import Run
 
-__all__ = ["Stop", "Stopped", "follow_launcher"]
+__all__ = ["AskedToStop", "Stop", "Stopped", "follow_launcher", "told_to_launcher"]
 
 _CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_PREEMPTED, signal.SIGUSR1: EXIT_PREEMPTED}
 
@@ -25,36 +27,94 @@ class Stopped(BaseException):
     """A signal asked the process to end while there was nothing to save yet; no error, and not to be caught as one."""
 
 
+class AskedToStop(BaseException):
+    """All ranks have agreed to stop, in the middle of something that can be done again."""
+
+
 class Stop:
     """Listen for Ctrl-C, SIGTERM and SIGUSR1 while inside.
 
     The first signal decides: after Ctrl-C a dying launcher sends SIGTERM as well. A second Ctrl-C interrupts at once.
-    Outside the main thread, where Python allows no handlers, nothing is listened for.
+    An evaluation is left between two batches. After a SIGTERM the sender kills in a while, so once
+    `faults.stop_within` seconds have passed the process ends, whatever its main thread waits for; the checkpoint
+    before stays. Outside the main thread, where Python allows no handlers, nothing is listened for.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self._code = 0
+        self._left = threading.Event()
 
     def __enter__(self) -> Self:
-        listening = threading.current_thread() is threading.main_thread()
-        self._before = {number: signal.signal(number, self._remember) for number in _CODES} if listening else {}
+        self._before: dict[signal.Signals, object] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in _CODES}
+            self.run.between_batches = self._check
+            self._heard, self._told = socket.socketpair()
+            self._told.setblocking(False)
+            # Python's own handlers wait for the main thread to come out of a collective; this descriptor does not.
+            self._fd_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch_clock, name="deadline", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._left.set()
+        self.run.between_batches = bool
+        if self._before:
+            signal.set_wakeup_fd(self._fd_before)
+            self._told.close()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._code == EXIT_INTERRUPTED and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._code = self._code or _CODES[signal.Signals(number)]
 
+    def _watch_clock(self) -> None:
+        with self._heard:
+            while heard := self._heard.recv(1):
+                if heard[0] == signal.SIGTERM:
+                    # The main process first, for it is the one that writes down how the run ended.
+                    seconds = self.run.config.faults.stop_within + (0 if self.run.world.is_main else 1)
+                    if not self._left.wait(seconds):
+                        _leave(self.run)
+                    return
+
     def agreed(self) -> int:
         """Return the largest exit code any rank's signal asks for, 0 for none. All ranks."""
-        return self.world.most(self._code)
+        self._code = self.run.world.most(self._code)
+        return self._code
+
+    @property
+    def status(self) -> Literal["interrupted", "preempted"]:
+        """What becomes of the run that was asked."""
+        return "interrupted" if self._code == EXIT_INTERRUPTED else "preempted"
+
+    def _check(self) -> None:
+        if self.agreed():
+            raise AskedToStop
+
+
+def _leave(run: Run) -> None:
+    """End the process at once, for there is no time left to save."""
+    if run.world.is_main:
+        read_record(run.folder).model_copy(update={"status": "preempted"}).write(run.folder)
+        reason = (
+            f"asked to stop, and step {run.progress.step} could not be saved within "
+            f"{run.config.faults.stop_within} s (faults.stop_within); the same command goes on from the last checkpoint"
+        )
+        write_json(run.folder / "outcome.json", Outcome(code=EXIT_PREEMPTED, reason=reason).model_dump())
+        print(reason, file=sys.stderr, flush=True)
+    os._exit(told_to_launcher(EXIT_PREEMPTED))
+
+
+def told_to_launcher(code: int) -> int:
+    """Return the code to exit with: torchrun starts a rank again that did not exit with 0, though the run was asked to
+    stop."""
+    return EXIT_OK if "TORCHELASTIC_RUN_ID" in os.environ and code == EXIT_PREEMPTED else code
 
 
 def follow_launcher() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from trainworks.errors import LaunchError
 from trainworks.record import CurvePoint, EvalReport
 
 if TYPE_CHECKING:
+    from trainworks.loop import TrainStep
     from trainworks.run import Run
 
 __all__ = ["Log", "check_trackers", "read_curve"]
@@ -62,8 +64,9 @@ class Log:
         while trackers:
             trackers.pop().finish()
 
-    def step(self, point: CurvePoint) -> None:
-        """Log a training step."""
+    def step(self, step: TrainStep) -> None:
+        """Log a training step; waits for the device."""
+        point = _point(self.run, step)
         self.run.note(curve=(*self.run.record.curve, point))
         self._write(
             point.step,
@@ -100,6 +103,20 @@ class Log:
             self.run.world.accelerator.log(values, step=step)
         if self.run.world.is_main:
             _append_line(self.path, {"kind": type(fact).__name__} | json.loads(fact.model_dump_json()))
+
+
+def _point(run: Run, step: TrainStep) -> CurvePoint:
+    apart = zip(run.sources, step.source_losses.tolist(), strict=True)
+    return CurvePoint(
+        step=step.number,
+        samples=run.progress.samples,
+        tokens=run.progress.tokens,
+        loss=step.loss.item(),
+        lr=step.lr,
+        grad_norm=step.grad_norm.item(),
+        seconds=run.progress.seconds,
+        source_losses={name: loss for name, loss in apart if math.isfinite(loss)} if len(run.sources) > 1 else {},
+    )
 
 
 def _start_trackers(run: Run) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from trainworks.checkpoint import save
+from trainworks.checkpoint import Saver
 from trainworks.cost import CostMeter
-from trainworks.errors import EXIT_INTERRUPTED, TrainingError
 from trainworks.evaluation import compare_with_baselines, evaluate, evaluate_baselines, goal_outcome, is_best
-from trainworks.loop import TrainStep, train_steps
-from trainworks.record import CurvePoint, RunRecord
+from trainworks.loop import train_steps
+from trainworks.record import RunRecord
+from trainworks.remedies import remedied
 from trainworks.run import Run
 from trainworks.schema import Pretrained
 from trainworks.settings import Count
-from trainworks.stopping import Stop
+from trainworks.stopping import AskedToStop, Stop
 from trainworks.tracking import Log
 
 __all__ = ["fit"]
@@ -28,83 +27,82 @@ def fit(run: Run) -> RunRecord:
     Returns the record: `complete`, or `preempted` or `interrupted` when a signal asked to stop. All is saved then, and
     the same call on a run prepared anew goes on from there.
     """
-    every, costs = run.config.every, CostMeter(run)
     run.save_record()
-    with Stop(run.world) as stop, Log(run) as log:
-        if run.progress.step == 0:
+    with Stop(run) as stop, Log(run) as log, Saver(run) as saver:
+        costs = CostMeter(run)
+        try:
             with costs.paused():
-                _measure_baselines(run, log)
-        for step in train_steps(run):
-            stopped, best = stop.agreed(), False
-            if step.is_last or _due(every.log, step):
-                costs.lap()
-                log.step(_point(run, step))
-            if not step.is_last and _due(every.evaluate, step):
+                saver.check_room()
+                _measure_first(run, log, saver, costs)
+            for step in train_steps(run):
+                stopped = stop.agreed()
+                due = _due(run, step.number, stopped=stopped != 0)
+                if any(due) and remedied(run, log, saver):
+                    continue
+                if due.log:
+                    costs.lap()
+                    log.step(step)
+                if due.evaluate or due.save:
+                    with costs.paused():
+                        _evaluate_and_save(run, log, saver, costs, due)
+                if stopped and not step.is_last:
+                    return _close(run, saver, stop.status)
+            if run.validation is not None:
                 with costs.paused():
-                    _checked(step)
-                    log.report(evaluate(run))
-                    best = is_best(run)
-            if stopped or best or step.is_last or _due(every.save, step):
-                with costs.paused():
-                    _checked(step)
-                    run.note(cost=costs.cost())
-                    run.save_record()  # first: what it holds beyond the checkpoint, a resume leaves out
-                    save(run, best=best)
-            if stopped and not step.is_last:
-                return _close(run, "interrupted" if stopped == EXIT_INTERRUPTED else "preempted")
-        if run.validation is not None:
-            with costs.paused():
-                log.report(evaluate(run, "final"))
-            run.note(comparisons=compare_with_baselines(run), goal=goal_outcome(run))
+                    log.report(evaluate(run, "final"))
+                run.note(comparisons=compare_with_baselines(run), goal=goal_outcome(run))
+        except AskedToStop:  # in the middle of an evaluation, which the resumed run makes again
+            _evaluate_and_save(run, log, saver, costs, _Due(log=False, evaluate=False, save=run.progress.step > 0))
+            return _close(run, saver, stop.status)
         run.note(cost=costs.cost())
-    return _close(run, "complete")
+        return _close(run, saver, "complete")
 
 
-def _due(interval: Count | Literal["end"], step: TrainStep) -> bool:
-    return interval != "end" and step.number % interval == 0
+class _Due(NamedTuple):
+    log: bool
+    evaluate: bool
+    save: bool
 
 
-def _measure_baselines(run: Run, log: Log) -> None:
-    if run.validation is None:
-        return
-    for report in evaluate_baselines(run):
-        log.report(report)
-    if isinstance(run.config.model, Pretrained):
-        log.report(evaluate(run, "untuned", is_baseline=True))
-    run.save_record()
+def _due(run: Run, step: int, *, stopped: bool) -> _Due:
+    def at(interval: Count | Literal["end"]) -> bool:
+        return interval != "end" and step % interval == 0
+
+    every, last = run.config.every, step == run.plan.num_steps
+    return _Due(last or at(every.log), at(every.evaluate) and not last, stopped or last or at(every.save))
 
 
-def _point(run: Run, step: TrainStep) -> CurvePoint:
-    _checked(step)
-    return CurvePoint(
-        step=step.number,
-        samples=run.progress.samples,
-        tokens=run.progress.tokens,
-        loss=step.loss.item(),
-        lr=step.lr,
-        grad_norm=step.grad_norm.item(),
-        seconds=run.progress.seconds,
-        source_losses=_apart(run, step),
-    )
+def _measure_first(run: Run, log: Log, saver: Saver, costs: CostMeter) -> None:
+    """Measure the baselines of a new run; of one that was stopped in an evaluation, make that one again."""
+    step = run.progress.step
+    if step == 0:
+        if run.validation is not None:
+            for report in evaluate_baselines(run):
+                log.report(report)
+            if isinstance(run.config.model, Pretrained):
+                log.report(evaluate(run, "untuned", is_baseline=True))
+            run.save_record()
+        if "rollback" in (run.config.faults.not_finite, run.config.faults.spike):
+            saver.save()
+    elif all(report.is_baseline or report.step < step for report in run.record.reports):
+        _evaluate_and_save(run, log, saver, costs, _due(run, step, stopped=False)._replace(save=False))
 
 
-def _apart(run: Run, step: TrainStep) -> dict[str, float]:
-    losses = zip(run.sources, step.source_losses.tolist(), strict=True)
-    return {name: loss for name, loss in losses if math.isfinite(loss)} if len(run.sources) > 1 else {}
+def _evaluate_and_save(run: Run, log: Log, saver: Saver, costs: CostMeter, due: _Due) -> None:
+    best = False
+    if due.evaluate:
+        log.report(evaluate(run))
+        best = is_best(run)
+    if due.save or best:
+        run.note(cost=costs.cost())
+        run.save_record()  # first: what it holds beyond the checkpoint, a resume leaves out
+        if problem := saver.save(best=best):
+            log.say(problem)
 
 
-def _checked(step: TrainStep) -> None:
-    """Refuse to log or save what is no longer a number; the checkpoints before it stay."""
-    loss, norm = step.loss.item(), step.grad_norm.item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(
-            f"step {step.number}: the loss is {loss} and the gradient's norm {norm}; lower optim.lr, or set "
-            "optim.max_grad_norm, and train again into another output folder"
-        )
-
-
-def _close(run: Run, status: Literal["complete", "preempted", "interrupted"]) -> RunRecord:
-    """Bring the record up to date and write it."""
+def _close(run: Run, saver: Saver, status: Literal["complete", "preempted", "interrupted"]) -> RunRecord:
+    """Wait for what is being saved, bring the record up to date and write it."""
+    saver.finish()
     run.note(
         status=status,
         step=run.progress.step,

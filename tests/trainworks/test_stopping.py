@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -18,9 +19,10 @@ import pytest
 import tiny
 import yaml
 
-from trainworks import read_record
+from trainworks import Faults, read_record
 from trainworks.checkpoint import checkpoints, verify
 from trainworks.record import read_outcome
+from trainworks.run import Progress
 from trainworks.stopping import Stop, Stopped, follow_launcher
 
 ROOT = Path(__file__).parents[2]
@@ -276,8 +278,19 @@ def test_a_signal_before_training_leaves_a_folder_that_the_same_command_takes(
 class World:
     """One rank."""
 
+    is_main = True
+
     def most(self, value: int) -> int:
         return value
+
+
+class Run:
+    """What `Stop` asks of a run."""
+
+    def __init__(self, folder: Path = Path(), seconds: int = 60) -> None:
+        self.world, self.between_batches = World(), bool
+        self.config = SimpleNamespace(faults=Faults(stop_within=seconds))
+        self.folder, self.progress = folder, Progress(step=7)
 
 
 @pytest.fixture
@@ -292,7 +305,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("number", "code"), SIGNALS, ids=lambda value: getattr(value, "name", value))
 def test_a_signal_is_remembered_until_it_is_asked_for(number: signal.Signals, code: int) -> None:
-    with Stop(World()) as stop:  # type: ignore[arg-type]
+    with Stop(Run()) as stop:  # type: ignore[arg-type]
         assert stop.agreed() == 0
         os.kill(os.getpid(), number)
         assert stop.agreed() == code
@@ -300,7 +313,7 @@ def test_a_signal_is_remembered_until_it_is_asked_for(number: signal.Signals, co
 
 @pytest.mark.usefixtures("handlers")
 def test_the_first_signal_decides_and_a_second_ctrl_c_interrupts() -> None:
-    with Stop(World()) as stop:  # type: ignore[arg-type]
+    with Stop(Run()) as stop:  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed() == 130
@@ -313,7 +326,7 @@ def test_outside_training_a_signal_ends_the_process_at_once() -> None:
     follow_launcher()
     with pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
-    with Stop(World()) as stop:  # type: ignore[arg-type]
+    with Stop(Run()) as stop:  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.agreed() == 75
     with pytest.raises(Stopped):

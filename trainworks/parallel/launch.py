@@ -40,6 +40,9 @@ class World:
     patient: ProcessGroup | None = None
     """The ranks again, joined through the processor, with time to wait for one another; None for one process."""
 
+    beside: ProcessGroup | None = None
+    """The same once more, for what is saved while the ranks train."""
+
     @property
     def ranks(self) -> int:
         """How many processes share each step's samples."""
@@ -92,12 +95,12 @@ class World:
         torch.distributed.all_reduce(joined)
         return dict(zip(values, joined.split([len(value) for value in values.values()]), strict=True))
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, group: ProcessGroup | None = None) -> list[T]:
         """Return every rank's value, in rank order. All ranks."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, group=group)
         return values
 
     def most(self, value: int) -> int:
@@ -107,6 +110,12 @@ class World:
         shared = torch.tensor(value, device=self.device)
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
         return int(shared.item())
+
+    def largest(self, value: Tensor) -> Tensor:
+        """Return the largest of every rank's scalar, on the device, without waiting for it. All ranks."""
+        if self.ranks > 1:
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return value
 
     def agree(self, action: Callable[[], object]) -> str | None:
         """Do something on every rank and return the first problem any of them had, or None. All ranks."""
@@ -155,8 +164,9 @@ def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], folder: 
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return World(accelerator, torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if joined else None)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return World(accelerator)
+    return World(accelerator, *(torch.distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2)))
 
 
 def _check_environment() -> None:

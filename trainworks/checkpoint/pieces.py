@@ -1,0 +1,129 @@
+"""The tensors that a checkpoint holds, cut to the pieces that each rank owns, and put together again from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from trainworks.checkpoint.folder import Checkpoint
+from trainworks.errors import CheckpointError
+from trainworks.run import Run
+
+__all__ = ["Piece", "Pieces", "buffers", "named_tensors", "owned", "trained"]
+
+Box = tuple[tuple[int, int], ...]
+"""A block of a tensor: (start, stop) in each dimension."""
+
+
+def named_tensors(run: Run) -> dict[str, Tensor]:
+    """Return everything that training changes: trained weights, buffers that are kept, and the optimizer's state."""
+    named: dict[str, Tensor] = {}
+    for name, parameter in trained(run).items():
+        named[f"model.{name}"] = parameter
+        for key, value in run.optimizer.state.get(parameter, {}).items():
+            named[f"optimizer.{name}.{key}"] = value
+    return named | buffers(run)
+
+
+def trained(run: Run) -> dict[str, Tensor]:
+    """Return the weights that are trained, by name."""
+    return {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+
+
+def buffers(run: Run) -> dict[str, Tensor]:
+    """Return what the model keeps besides its weights, such as running means, by name."""
+    parameters = {name for name, _ in run.model.named_parameters(remove_duplicate=False)}
+    return {f"model.{name}": value for name, value in run.model.state_dict().items() if name not in parameters}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor: where it belongs in the whole, and the file that holds it."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    box: Box
+    dtype: str
+    file: str = ""
+
+
+def owned(tensors: dict[str, Tensor], rank: int) -> Iterator[tuple[str, Tensor, Piece]]:
+    """Yield (name, this rank's part, its place) of the tensors that this rank is the one to write a part of."""
+    for name, tensor in tensors.items():
+        local, box, owns = _local(tensor, rank)
+        if owns and local.numel():
+            yield name, local.detach(), Piece(tuple(tensor.shape), box, str(tensor.dtype).removeprefix("torch."))
+
+
+def _local(tensor: Tensor, rank: int) -> tuple[Tensor, Box, bool]:
+    """Return this rank's part of a tensor, where it lies in the whole, and whether this rank is the one to write it."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple((0, size) for size in tensor.shape), rank == 0
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
+    owns = all(
+        place == 0 for place, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()
+    )
+    return tensor.to_local(), tuple((start, start + size) for start, size in zip(offset, shape, strict=True)), owns
+
+
+class Pieces:
+    """All pieces of a checkpoint's tensors, over the files of all ranks that wrote it. The checkpoint was verified."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._folder = checkpoint.path
+        self._pieces: dict[str, list[Piece]] = {}
+        for index in sorted(checkpoint.path.glob("rank-*.json")):
+            for name, piece in json.loads(index.read_text(encoding="utf-8"))["pieces"].items():
+                box = tuple((start, stop) for start, stop in piece["box"])
+                found = Piece(tuple(piece["shape"]), box, piece["dtype"], piece["file"])
+                self._pieces.setdefault(name, []).append(found)
+
+    def names(self, prefix: str) -> set[str]:
+        """Return the names of the tensors that begin with `prefix`."""
+        return {name for name in self._pieces if name.startswith(prefix)}
+
+    def after(self, prefix: str) -> list[str]:
+        """Return what follows `prefix` in the names that begin with it, such as an optimizer's state of one weight."""
+        return [name.removeprefix(prefix) for name in self._pieces if name.startswith(prefix)]
+
+    def like(self, name: str, parameter: Tensor) -> Tensor:
+        """Return a saved tensor, laid out over the ranks as `parameter` is when it has its shape."""
+        piece = self._pieces[name][0]
+        if piece.shape == tuple(parameter.shape):
+            return self.fill(name, torch.empty_like(parameter, dtype=getattr(torch, piece.dtype), requires_grad=False))
+        return _read(self._folder / piece.file, name, ()).to(parameter.device)
+
+    def fill(self, name: str, target: Tensor) -> Tensor:
+        """Copy a saved tensor into `target`, or into this rank's part of it; return `target`."""
+        pieces = self._pieces.get(name, [])
+        if not pieces or pieces[0].shape != tuple(target.shape):
+            found = pieces[0].shape if pieces else "nothing"
+            raise CheckpointError(
+                f"the checkpoint has {found} for {name}, the model {tuple(target.shape)}: it is of another model"
+            )
+        local, box, _ = _local(target, 0)
+        for piece in pieces:
+            overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece.box, strict=True)]
+            if all(start < stop for start, stop in overlap):
+                part = _read(self._folder / piece.file, name, _slices(overlap, piece.box))
+                local[_slices(overlap, box)].copy_(part)
+        return target
+
+
+def _slices(overlap: Sequence[tuple[int, int]], box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start - origin, stop - origin) for (start, stop), (origin, _) in zip(overlap, box, strict=True))
+
+
+def _read(file: Path, name: str, where: tuple[slice, ...]) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        value: Tensor = opened.get_slice(name)[where] if where else opened.get_tensor(name)
+    return value

@@ -1,0 +1,62 @@
+"""Bring a run to where its newest whole checkpoint stands, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import torch
+
+from trainworks.checkpoint.folder import Checkpoint, checkpoints, set_aside, verify
+from trainworks.checkpoint.pieces import Pieces, buffers, named_tensors, trained
+from trainworks.checkpoint.randomness import set_random_states
+from trainworks.errors import CheckpointError
+from trainworks.run import Progress, Run
+
+__all__ = ["restore"]
+
+
+def restore(run: Run) -> Checkpoint | None:
+    """Bring `run` to the newest checkpoint that is whole, and return it, or None when there is none. All ranks.
+
+    One that is not whole is set aside under a name that says so, and the next older one is tried.
+    """
+    world = run.world
+    for checkpoint in world.gather(checkpoints(run.folder))[0]:  # what the main process sees, should a disk lag behind
+        problem = world.agree(partial(verify, checkpoint, share=(world.rank, world.ranks)))
+        if problem is None:
+            _load(run, checkpoint)
+            return checkpoint
+        if world.is_main:
+            set_aside(checkpoint)
+        note = f"Checkpoint {checkpoint.path.name} was damaged and set aside ({problem.split(': ', 1)[-1]})."
+        run.note(notes=(*run.record.notes, note))
+        world.wait()
+    return None
+
+
+def _load(run: Run, checkpoint: Checkpoint) -> None:
+    state = checkpoint.state()
+    pieces = Pieces(checkpoint)
+    if unknown := pieces.names("model.") - named_tensors(run).keys():
+        raise CheckpointError(f"{checkpoint.path}: the model has no {min(unknown)}: the checkpoint is of another model")
+    run.progress = Progress(**state["progress"])
+    run.watch.load(state["watch"])
+    with torch.no_grad():
+        for name, parameter in trained(run).items():
+            pieces.fill(f"model.{name}", parameter)
+            run.optimizer.state[parameter] = {
+                key: pieces.like(f"optimizer.{name}.{key}", parameter) for key in pieces.after(f"optimizer.{name}.")
+            }
+        for name, buffer in buffers(run).items():
+            pieces.fill(name, buffer)
+    _restore_random_states(run, checkpoint)
+
+
+def _restore_random_states(run: Run, checkpoint: Checkpoint) -> None:
+    """Give each rank its own random states back; ranks that were not there before are seeded afresh."""
+    path = checkpoint.path / f"rank-{run.world.rank:05d}.json"
+    if path.exists():
+        set_random_states(json.loads(path.read_text(encoding="utf-8"))["random"])
+    else:
+        torch.manual_seed(run.config.seed + 1000 * run.world.rank + run.progress.step)

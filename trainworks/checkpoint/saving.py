@@ -1,0 +1,206 @@
+"""The save protocol: stage, write, see it on the disk, checksum, rename, mark the best, and only then prune."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from safetensors import SafetensorError
+
+from trainworks.checkpoint.folder import Checkpoint, checkpoints, mark_best, prune, sync, write_manifest
+from trainworks.checkpoint.snapshot import HostCopies, Snapshot, expected_bytes, snapshot
+from trainworks.errors import CheckpointError, ToolkitError
+from trainworks.fail_points import reached
+from trainworks.record import file_sha256, write_json
+from trainworks.run import Run
+
+__all__ = ["Saver", "check_room", "save"]
+
+T = TypeVar("T")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def save(run: Run, *, best: bool = False) -> Checkpoint:
+    """Write a checkpoint of `run` as it stands between two steps, then prune old ones. All ranks.
+
+    A crash at any moment leaves every earlier checkpoint as it was; so does a CheckpointError, which says why it could
+    not be written.
+    """
+    with Saver(run, background=False) as saver:
+        saver.save(best=best)
+    return Checkpoint(_path(run.folder, run.progress.step))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    text: str
+    disk_is_full: bool
+
+
+class _SaveError(Exception):
+    """Some rank could not do its part; all ranks raise it alike."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+
+
+class Saver:
+    """Write the checkpoints of a run; with `speed.background_saving`, while training goes on. All ranks make one and
+    enter it; what is still being written when it is left is waited for."""
+
+    def __init__(self, run: Run, *, background: bool | None = None) -> None:
+        self.run = run
+        background = run.config.speed.background_saving if background is None else background
+        self._copies = HostCopies(run.optimizer) if background else None
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="saving")
+        self._writing: Future[_Problem | None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self._threads.shutdown(wait=error is None)
+
+    def check_room(self) -> None:
+        """See that the disk has room for all the checkpoints that will be there at once; like a save that finds it
+        full. All ranks, before the first step."""
+        config, there = self.run.config, sum(each.size() for each in checkpoints(self.run.folder))
+        once = (
+            1
+            if config.every.save == "end"
+            else min(config.every.keep, self.run.plan.num_steps // config.every.save) + 1
+        )
+        once += config.every.evaluate != "end"
+        needed = once * sum(self._gather(expected_bytes(self.run))) - there
+
+        def check() -> None:
+            check_room(self.run.folder, needed, f"output: {once} checkpoints at once, as `every` asks for, take")
+
+        try:
+            self._together(check, main_only=True)
+        except _SaveError as failure:
+            self._settled(failure.problem)
+
+    def save(self, *, best: bool = False) -> str | None:
+        """Save the run as it stands, after what was still being written.
+
+        Returns what kept a checkpoint from being written, where the disk is full and the run is to go on all the same
+        (`faults.full_disk`); of one that is written in the background, the next call says so. CheckpointError
+        otherwise.
+        """
+        problem = self.finish()
+        taken = snapshot(self.run)
+        if (final := _path(self.run.folder, taken.step)).exists():  # a stop right after a save
+            self._together(lambda: self._tidy(Checkpoint(final), best), main_only=True)
+            return problem
+        if self._copies is None:
+            return self._settled(self._write(taken, best)) or problem
+        self._writing = self._threads.submit(self._write, self._copies.of(taken), best)
+        return problem
+
+    def finish(self) -> str | None:
+        """Wait for what is being written; like `save`."""
+        if self._writing is None:
+            return None
+        written, self._writing = self._writing, None
+        return self._settled(written.result())
+
+    def _settled(self, problem: _Problem | None) -> str | None:
+        if problem is None:
+            return None
+        text = f"a checkpoint could not be saved: {problem.text}. Earlier checkpoints are as they were"
+        if not (problem.disk_is_full and self.run.config.faults.full_disk == "go_on"):
+            raise CheckpointError(text)
+        self.run.note(notes=(*self.run.record.notes, text))
+        return text
+
+    def _write(self, taken: Snapshot, best: bool) -> _Problem | None:
+        if self._copies is not None:
+            self._copies.wait()
+        final = _path(self.run.folder, taken.step)
+        staged = final.with_name(f".{final.name}.staged")
+        try:
+            needed = sum(self._gather(taken.num_bytes))
+            self._together(lambda: _stage(staged, needed), main_only=True)
+            digests: dict[str, str] = {}
+            self._together(lambda: digests.update(taken.write(staged)))
+            everyones = {name: value for part in self._gather(digests) for name, value in part.items()}
+            self._together(lambda: _publish(staged, final, taken.state, everyones), main_only=True)
+            self._together(lambda: self._tidy(Checkpoint(final), best), main_only=True)
+        except _SaveError as failure:
+            if self.run.world.is_main:
+                shutil.rmtree(staged, ignore_errors=True)
+            return failure.problem
+        return None
+
+    def _tidy(self, saved: Checkpoint, best: bool) -> None:
+        if best:
+            mark_best(saved, self.run.folder)
+        prune(self.run.folder, keep=self.run.config.every.keep)
+        reached("save.pruned")
+
+    def _gather(self, value: T) -> list[T]:
+        return self.run.world.gather(value, self.run.world.beside)
+
+    def _together(self, act: Callable[[], object], *, main_only: bool = False) -> None:
+        """Act on every rank, or on the main one for all; `_SaveError` on all of them when any could not."""
+        problem = None
+        try:
+            if self.run.world.is_main or not main_only:
+                act()
+        except (ToolkitError, OSError, SafetensorError) as error:
+            problem = _Problem(str(error), _is_full(error))
+        if first := next((found for found in self._gather(problem) if found is not None), None):
+            raise _SaveError(first)
+
+
+def _is_full(error: Exception) -> bool:
+    # safetensors 0.8 wraps the system's error and keeps its number in the text alone.
+    number = error.errno if isinstance(error, OSError) else None
+    return number in _FULL or any(f"os error {code}" in str(error) for code in _FULL)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def _stage(staged: Path, needed: int) -> None:
+    reached("save.begun")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    check_room(staged, needed, "it takes")
+    reached("save.staged")
+
+
+def _publish(staged: Path, final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
+    write_json(staged / "state.json", state)
+    reached("save.state")
+    write_manifest(staged, digests | {"state.json": file_sha256(staged / "state.json")})
+    sync(staged)
+    reached("save.manifest")
+    os.replace(staged, final)
+    sync(final.parent)
+    reached("save.renamed")
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise the error of a full disk when fewer than `needed` bytes are free where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"{what} {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free", str(folder)
+        )
