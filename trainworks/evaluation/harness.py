@@ -158,6 +158,7 @@ def _undisturbed(run: Run) -> Iterator[None]:
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
+        run.world.reshard(run.step)
         run.step.train(training)
         random.setstate(python)
         np.random.set_state(numpy_state)  # noqa: NPY002

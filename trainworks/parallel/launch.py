@@ -133,6 +133,18 @@ class World:
         with nullcontext() if sync else self.accelerator.no_sync(module):
             yield
 
+    def reshard(self, module: nn.Module) -> None:
+        """Give back what a forward pass without a backward pass left gathered.
+
+        FSDP2 (torch 2.13) shards its root again in the backward pass alone; until then the root's weights are whole
+        tensors, which may even have lost their memory.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def leave(self) -> None:
         """Leave the other processes; a process group still open at exit may abort the process (gloo, torch 2.13)."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
