@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,8 @@ HARDWARE = ROOT / "configs" / "accelerate" / "cpu.yaml"
 ALONE = ["-m", "finetune"]
 LAUNCHED = ["-m", "accelerate.commands.launch", "--config_file", str(HARDWARE), "-m", "finetune"]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "finetune"]
+SLOW = [str(ROOT / "tests" / "slow_run.py")]
+TWO_SLOW = [*TWO[:-2], *SLOW]
 LAUNCHER_VARIABLES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 
 
@@ -77,8 +79,8 @@ def started(place: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     """Start the command in a process group of its own; what is left of it is killed at the end."""
     processes: list[Started] = []
 
-    def begin(command: list[str], **environment: str) -> Started:
-        processes.append(start(place, command, tmp_path / "run", **environment))
+    def begin(command: list[str], *, options: Sequence[str] = (), **environment: str) -> Started:
+        processes.append(start(place, command, tmp_path / "run", options=options, **environment))
         return processes[-1]
 
     yield begin
@@ -88,14 +90,14 @@ def started(place: Path, tmp_path: Path) -> Iterator[Callable[..., Started]]:
         process.wait()
 
 
-def start(place: Path, command: list[str], output: Path, **environment: str) -> Started:
+def start(place: Path, command: list[str], output: Path, *, options: Sequence[str] = (), **environment: str) -> Started:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
     # Sums over threads would have to be cut the same way for the weights to be equal bit for bit.
     own = {"OMP_NUM_THREADS": "1", "TRAINWORKS_CACHE": str(place / ".cache"), "PYTHONPATH": str(ROOT)}
     output.mkdir(exist_ok=True)
     with (output.parent / f"{output.name}.log").open("ab") as log:
         return Started(
-            [sys.executable, *command, "run.yaml", f"output={output}"],
+            [sys.executable, *command, "run.yaml", f"output={output}", *options],
             cwd=place,
             env=inherited | own | environment,
             stdin=subprocess.DEVNULL,
@@ -270,6 +272,76 @@ def test_a_signal_before_training_leaves_a_folder_that_the_same_command_takes(
     if seconds == 1.5:
         assert finished(started(command)) == 0, (tmp_path / "run.log").read_text()
         assert digest(output) == weights
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_signal_during_an_evaluation_is_heeded_at_once_and_the_evaluation_is_made_again(
+    started: Callable[..., Started], place: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    every = ["every.evaluate=4", "every.save=50", f"budget.steps={STEPS // 10}", "every.log=1"]
+    whole = start(place, ALONE, tmp_path / "whole", options=every)
+    first = started(SLOW, options=every, EVALUATION_SECONDS="1")
+    train_until(4, first, output)
+    time.sleep(0.3)
+    first.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert finished(first) == 75
+    assert time.monotonic() - begun < 20
+    stopped = assert_saved(output, 75)
+    assert stopped == 4
+    assert f"step {stopped}" not in [report.name for report in read_record(output).reports]
+
+    assert finished(started(ALONE, options=every)) == 0
+    assert finished(whole) == 0
+    reports = [(report.name, report.metrics) for report in read_record(output).reports]
+    assert reports == [(report.name, report.metrics) for report in read_record(tmp_path / "whole").reports]
+    assert digest(output) == digest(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_run_that_cannot_save_in_time_ends_all_the_same(started: Callable[..., Started], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = ["faults.stop_within=2", "every.save=5"]
+    first = started(TWO_SLOW, options=options, ACCELERATE_USE_CPU="1", STEP_SECONDS="1000")
+    wait_for(lambda: checkpoints(output), first, tmp_path / "run.log")
+    time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    finished(first)
+    assert time.monotonic() - begun < 20
+    assert_gone(first)
+    assert read_outcome(output).code == outcome(output) == 75
+    assert "within 2 s" in read_outcome(output).reason
+    assert read_record(output).status == "preempted"
+    verify(checkpoints(output)[0])
+
+    assert finished(started(TWO, ACCELERATE_USE_CPU="1")) == 0
+    assert read_record(output).resumed_at == (5,)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_second_signal_while_the_run_is_saved_leaves_a_whole_checkpoint(
+    second: signal.Signals, started: Callable[..., Started], weights: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    first = started(ALONE, options=["every.save=5"])
+    train_until(8, first, output)
+    first.send_signal(signal.SIGINT if second == signal.SIGINT else signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS
+    while not list((output / "checkpoints").glob(".step-*.staged")) and time.monotonic() < deadline:
+        if first.poll() is not None:
+            break
+    first.send_signal(second)
+    assert finished(first) in ((130,) if second == signal.SIGINT else (75,))
+    verify(checkpoints(output)[0])
+    assert outcome(output) == (130 if second == signal.SIGINT else 75)
+    assert finished(started(ALONE)) == 0
+    assert digest(output) == weights
 
 
 # In this process
