@@ -13,6 +13,7 @@ from trainworks.data.cache import digest
 from trainworks.errors import AccessError, ConfigError, Problem, nearest
 from trainworks.heads import backbone
 from trainworks.schema import FromScratch, Pretrained
+from trainworks.trust import check_links, check_model, check_processor, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,7 @@ def _check_pretrained(settings: Pretrained) -> None:
             f"model.name: {settings.name} holds no safetensors weights, and no others are read; the Hub may hold a "
             "converted copy: model.revision: refs/pr/N"
         )
+    _reaching(settings.name, "the settings", partial(check_model, settings.name, settings.revision))
 
 
 def _check_scratch(settings: FromScratch) -> None:
@@ -76,17 +78,26 @@ def _check_folder(folder: Path) -> None:
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
         guess = f" (did you mean '{inside[0]}'?)" if inside else ""
         raise ConfigError(f"model.name: {folder} holds no config.json, so it is no Hugging Face model{guess}")
+    check_links(folder)
+    check_model(str(folder), "main")
     _check_weights(folder)
 
 
 def _check_weights(folder: Path) -> None:
-    """Read the headers of the safetensors files."""
+    """Read the headers of the safetensors files, and see that these are what transformers will read."""
     from safetensors import SafetensorError, safe_open
 
+    if shards := sorted(folder.glob("shard-*-model-*.safetensors")):
+        raise ConfigError(
+            f"model.name: {folder}: {shards[0].name} is a part of a distributed checkpoint, which would be read "
+            "instead of model.safetensors; name a folder with whole weights"
+        )
     index = folder / "model.safetensors.index.json"
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         for name in sorted(names):
+            if not inside(folder / name, folder):
+                raise ConfigError(f"model.name: {index}: weight_map: {name} is a link to a file outside the folder")
             if not (folder / name).is_file():
                 raise ConfigError(f"model.name: {folder} holds no {name}, and only safetensors weights are read")
             with safe_open(folder / name, framework="pt"):
@@ -117,7 +128,13 @@ def load_processor(kind: str, name: str, revision: str = "main") -> Any:
     import transformers
 
     auto: Any = {"tokenizer": transformers.AutoTokenizer, "image_processor": transformers.AutoImageProcessor}[kind]
-    read = partial(auto.from_pretrained, name, revision=revision, trust_remote_code=False)
+
+    def read() -> Any:
+        if Path(name).is_dir():
+            check_links(Path(name))
+        check_processor(kind, name, revision)
+        return auto.from_pretrained(name, revision=revision, trust_remote_code=False)
+
     return _reaching(name, f"the {kind.replace('_', ' ')}", read)
 
 
@@ -195,9 +212,15 @@ def _from_sizes(settings: FromScratch, head: dict[str, Any], tokenizer: Any) -> 
 def _from_name(settings: Pretrained, head: dict[str, Any], processor: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    read = partial(AutoConfig.from_pretrained, settings.name, revision=settings.revision, trust_remote_code=False)
-    config: PretrainedConfig = _reaching(settings.name, "the configuration", partial(read, **head))
-    return config
+    def read() -> PretrainedConfig:
+        check_model(settings.name, settings.revision)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            settings.name, revision=settings.revision, trust_remote_code=False, **head
+        )
+        return config
+
+    found: PretrainedConfig = _reaching(settings.name, "the configuration", read)
+    return found
 
 
 _CHECKS: dict[type, Callable[[Any], None]] = {Pretrained: _check_pretrained, FromScratch: _check_scratch}
@@ -218,6 +241,7 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
     import transformers
 
     def read() -> Any:
+        check_model(settings.name, settings.revision)
         return getattr(transformers, auto_class).from_pretrained(
             settings.name,
             revision=settings.revision,
@@ -330,10 +354,14 @@ def _refusing(where: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    refused = (AttributeError, ImportError, KeyError, RecursionError, TypeError, ValueError)
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise ConfigError(f"{where}: {_said(error)}") from error
+    except BaseException as error:
+        # tokenizers 0.23 raises Exception itself for a tokenizer.json that it cannot use.
+        if type(error) is Exception or isinstance(error, (*refused, SafetensorError, StrictDataclassError)):
+            raise ConfigError(f"{where}: {_said(error)}") from error
+        raise
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
