@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from model_cards.curve import draw
 from model_cards.markdown import text
 from model_cards.metadata import head, title
 from model_cards.sections import CURVE_FILE, SECTIONS
-from trainworks.record import RunRecord
+from trainworks.record import RunRecord, replace_file
+from trainworks.redaction import redacted
 
 __all__ = ["Card", "build"]
 
@@ -40,24 +42,28 @@ class Card:
     def save(self, folder: str | Path) -> Path:
         """Write README.md, and curve.png when the page shows it, into `folder`; return the README's path."""
         path = Path(folder) / "README.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(self), encoding="utf-8")
+        replace_file(path, str(self).encode())
         if self.shows_curve:
-            draw(self.record, path.with_name(CURVE_FILE))
+            replace_file(path.with_name(CURVE_FILE), self._curve())
         return path
 
     def _curve_address(self) -> str:
         """Return the picture itself as an address, for a notebook has no file beside it."""
         from base64 import b64encode
+
+        return "data:image/png;base64," + b64encode(self._curve()).decode()
+
+    def _curve(self) -> bytes:
         from io import BytesIO
 
         picture = BytesIO()
         draw(self.record, picture)
-        return "data:image/png;base64," + b64encode(picture.getvalue()).decode()
+        return picture.getvalue()
 
 
 def build(record: RunRecord) -> Card:
-    """Make the card of a run; a section that would have nothing to say is left out."""
+    """Make the card of a run, without secrets; a section that would have nothing to say is left out."""
+    record = RunRecord.model_validate(redacted(json.loads(record.model_dump_json())))
     sections = [section(record) for section in SECTIONS]
     body = "\n\n".join(section for section in [f"# {text(title(record))}", *sections] if section)
     return Card(head(record), body + "\n", record)

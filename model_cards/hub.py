@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from model_cards.linting import TOKEN
 from trainworks.errors import AccessError, PublishError, ToolkitError
 from trainworks.record import file_sha256
+from trainworks.redaction import redacted
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -76,7 +77,7 @@ class Repository:
 
     def _redact(self, message: str) -> str:
         hidden = message.replace(self.token, "<token>") if self.token else message
-        return TOKEN.sub("<token>", hidden)
+        return TOKEN.sub("<token>", redacted(hidden))
 
     def open(self, private: bool) -> None:
         """Make the repository, or see that the one there is as closed as asked for."""

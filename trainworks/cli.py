@@ -120,7 +120,7 @@ def _preview(
         from trainworks.preview import Preview
 
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(Preview.of(settings, rows=rows).text(colour=colour))
+        say(Preview.of(settings, rows=rows).text(colour=colour), sys.stdout)
         return 0
 
     raise typer.Exit(guarded(show))
@@ -150,7 +150,7 @@ def _prepare(
         settings = _run_config(config, overrides or [])
         from trainworks.preparing import prepare_ahead
 
-        print(prepare_ahead(settings))
+        say(str(prepare_ahead(settings)), sys.stdout)
         return 0
 
     raise typer.Exit(guarded(prepare))
@@ -188,7 +188,7 @@ def _card(run: Annotated[Path, typer.Argument(help="A run's output folder.")]) -
     def build() -> int:
         import model_cards
 
-        print(model_cards.build(read_record(run)).save(run / "model"))
+        say(str(model_cards.build(read_record(run)).save(_model_of(run))), sys.stdout)
         return 0
 
     raise typer.Exit(guarded(build))
@@ -214,12 +214,20 @@ def _publish(
         if name is None:
             raise ConfigError("no repository: give --repo owner/name, or hub.repo in the run file")
         private = not public and hub.get("private", True)
-        print(
-            model_cards.publish(run / "model", model_cards.build(record), repo=name, private=private, dry_run=dry_run)
-        )
+        card = model_cards.build(record)
+        done = model_cards.publish(_model_of(run), card, repo=name, private=private, dry_run=dry_run)
+        say(str(done), sys.stdout)
         return 0
 
     raise typer.Exit(guarded(upload))
+
+
+def _model_of(run: Path) -> Path:
+    """Return the folder of a run's model; ConfigError when it is a link to another place, where a card would be
+    written."""
+    if not (run / "model").resolve().is_relative_to(run.resolve()):
+        raise ConfigError(f"{run / 'model'} is a link that leads out of the run's folder; put a copy in its place")
+    return run / "model"
 
 
 @app.command("outcome")

@@ -16,6 +16,7 @@ from trainworks.config import dump, load
 from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ToolkitError
 from trainworks.output import is_complete
 from trainworks.record import Outcome, RunRecord, read_record, write_json
+from trainworks.redaction import redacted, redacted_tracebacks
 from trainworks.schema import RunConfig
 from trainworks.stopping import Stopped, follow_launcher, told_to_launcher
 
@@ -204,9 +205,11 @@ def _write(folder: Path, outcome: Outcome) -> None:
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Return the exit code, turning what a user can mend into one message without a traceback."""
+    """Return the exit code, turning what a user can mend into one message without a traceback; no message quotes a
+    secret, nor does the traceback of what nobody foresaw."""
     try:
-        return action()
+        with redacted_tracebacks():
+            return action()
     except ToolkitError as error:
         say(f"error: {error}")
         return error.exit_code
@@ -219,6 +222,6 @@ def _is_main() -> bool:
 
 
 def say(text: str, stream: Any = None) -> None:
-    """Print once, from the main process."""
+    """Print once, from the main process, without secrets."""
     if _is_main():
-        print(text, file=stream or sys.stderr, flush=True)
+        print(redacted(text), file=stream or sys.stderr, flush=True)

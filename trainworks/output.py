@@ -10,6 +10,7 @@ from typing import Any
 from trainworks.config import differences, resolved
 from trainworks.errors import EXIT_OK, CheckpointError, ConfigError
 from trainworks.record import read_outcome, read_record
+from trainworks.redaction import redacted
 from trainworks.schema import RunConfig
 
 __all__ = ["check_folder", "is_complete"]
@@ -38,12 +39,13 @@ def check_folder(config: Config) -> None:
     """Raise ConfigError when the output folder holds anything but this very run."""
     folder = Path(config.output)
     _check_place(folder)
+    _check_links(folder)
     if not (folder / "run.json").exists():
         if folder.exists() and _foreign(folder):
             raise ConfigError(f"output: {folder} holds files that are not a run's; name another folder")
         return
     old = read_record(folder).config
-    changed = [line for line in differences(old, resolved(config)) if not _may_change(line.split(":")[0])]
+    changed = [line for line in differences(old, redacted(resolved(config))) if not _may_change(line.split(":")[0])]
     if changed:
         raise ConfigError(
             f"output: {folder} holds another run; name another folder, or restore these keys to continue it:\n  "
@@ -62,6 +64,16 @@ def _check_place(folder: Path) -> None:
         raise ConfigError(f"output: {folder} cannot be a folder: {nearest_there} is a file; name another")
     if not os.access(nearest_there, os.W_OK | os.X_OK):
         raise ConfigError(f"output: {folder}: {nearest_there} may not be written to; name another folder")
+
+
+def _check_links(folder: Path) -> None:
+    """See that no link leads out of the folder, which may have come from elsewhere: a run would write there."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"output: {path} is a link that leads out of the folder; put what it leads to in its place, or name "
+                "the folder there as output"
+            )
 
 
 def _foreign(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainworks.errors import CheckpointError
+from trainworks.redaction import redacted
 
 __all__ = [
     "BadStep",
@@ -32,6 +33,7 @@ __all__ = [
     "file_sha256",
     "read_outcome",
     "read_record",
+    "replace_file",
     "write_json",
 ]
 
@@ -341,13 +343,19 @@ class RunRecord(_Fact):
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Replace `path` by `value` as JSON so that a crash at any moment leaves either the old file or the new one."""
-    path = Path(path)
+    """Replace `path` by `value` as JSON, without secrets; see `replace_file`."""
+    text = json.dumps(redacted(value), indent=2, ensure_ascii=False)
+    replace_file(Path(path), f"{text}\n".encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file so that a crash at any moment leaves either the old one or the new one; never what a link there
+    leads to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    with staged.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    staged.unlink(missing_ok=True)
+    with staged.open("xb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, path)

@@ -1,9 +1,17 @@
-"""How a key and a value are shown in a message: dotted, short, and without secrets."""
+"""No secret is shown or written: how a key and a value stand in a message, and what all files and lines go through."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 from trainworks.errors import Problem
 
@@ -13,6 +21,8 @@ __all__ = [
     "dotted",
     "is_secret",
     "is_token",
+    "redacted",
+    "redacted_tracebacks",
     "safe_problem",
     "safe_words",
     "shown",
@@ -32,6 +42,83 @@ _SECRET_PAIR = re.compile(r"(?:token|secret|passw\w*|credentials?|api_?key)[\"']
 _WHOLE_TOKEN = re.compile(
     r"(?<![A-Za-z])(?:(?:hf_|sk-|gh[a-z]_|github_pat_)[A-Za-z0-9_\-]{0,99}[A-Za-z0-9]{16}|AKIA[A-Z0-9]{16})"
 )
+# What goes to files and logs also holds people's own words, so that less is taken for a secret there.
+_IN_TEXT = (
+    (
+        re.compile(r"(?<![A-Za-z])(?:hf_|sk-|gh[a-z]_|github_pat_)[\w\-]*[A-Za-z0-9]{16}[\w\-]*|AKIA[A-Z0-9]{16}"),
+        REDACTED,
+    ),
+    (re.compile(r"://[^/\s\"'<>]+@"), f"://{REDACTED}@"),
+    (re.compile(r"([?&][\w.-]*(?:token|secret|passw\w*|key|signature)=)[^&\s\"'<>]+", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(r"\b(bearer|basic) +(?=\S*\d)[\w.~+/=-]{16,}", re.IGNORECASE), rf"\1 {REDACTED}"),
+)
+_SECRET_VARIABLE = re.compile(
+    r"TOKEN(?!S|IZ)|SECRET|PASSW|CREDENTIAL|(?:^|_)(?:KEY|PAT)$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE
+)
+_OF_A_PLACE = re.compile(r"_(?:PATH|FILE|DIR|DIRECTORY)$", re.IGNORECASE)
+_SHORTEST = 8
+"""Characters of an environment variable's value from which on it is looked for; a shorter one is part of many words."""
+
+Value = TypeVar("Value")
+
+
+def redacted(value: Value) -> Value:
+    """Return a text, or plain JSON values, without secrets; everything that is written or shown goes through this.
+
+    A secret is what the environment holds under a name that tells of one (HF_TOKEN, WANDB_API_KEY, ...), wherever it
+    stands and with URL escapes too, and what looks like a token, an address's password or an HTTP authorisation.
+    """
+    secrets = _secrets()
+
+    def safe(part: Any) -> Any:
+        if isinstance(part, str):
+            return _without(part, secrets)
+        if isinstance(part, dict):
+            return {safe(key): safe(inner) for key, inner in part.items()}
+        return [safe(inner) for inner in part] if isinstance(part, list | tuple) else part
+
+    safe_value: Value = safe(value)
+    return safe_value
+
+
+def _secrets() -> list[str]:
+    """Return the environment's secrets, the longest first, since one may hold another."""
+    named = [
+        value.strip()
+        for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name) and not _OF_A_PLACE.search(name)
+    ]
+    kept = {value for value in named if len(value) >= _SHORTEST}
+    return sorted(kept | {quote(value, safe="") for value in kept}, key=len, reverse=True)
+
+
+def _without(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
+    for pattern, instead in _IN_TEXT:
+        text = pattern.sub(instead, text)
+    return text
+
+
+@contextmanager
+def redacted_tracebacks() -> Iterator[None]:
+    """Have Python show errors that nobody catches, in any thread, without secrets; still so once one has left the
+    block, and as before when none did."""
+    before = sys.excepthook, threading.excepthook
+    sys.excepthook = _show
+    threading.excepthook = _show_thread
+    yield
+    sys.excepthook, threading.excepthook = before
+
+
+def _show(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _show_thread(ended: threading.ExceptHookArgs) -> None:
+    if ended.exc_type is not SystemExit:
+        sys.stderr.write(f"Exception in thread {ended.thread.name if ended.thread else '?'}:\n")
+        _show(ended.exc_type, ended.exc_value, ended.exc_traceback)
 
 
 def is_token(text: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from trainworks.errors import LaunchError
 from trainworks.record import CurvePoint, EvalReport
+from trainworks.redaction import redacted
 
 if TYPE_CHECKING:
     from trainworks.loop import TrainStep
@@ -91,7 +92,7 @@ class Log:
     def say(self, line: str) -> None:
         """Show a line to people, above the bar if there is one."""
         if self.run.world.is_main:
-            self.bar.write(line, file=self.stream)
+            self.bar.write(redacted(line), file=self.stream)
             self.stream.flush()
 
     def _show(self, line: str) -> None:
@@ -127,7 +128,9 @@ def _start_trackers(run: Run) -> None:
         "resume": "allow" if run.progress.step else "never",
         "embed": False,  # in a notebook it would start a web server
     }
-    run.world.accelerator.init_trackers("trainworks", config=_flat(run.record.config), init_kwargs={"trackio": trackio})
+    run.world.accelerator.init_trackers(
+        "trainworks", config=_flat(redacted(run.record.config)), init_kwargs={"trackio": trackio}
+    )
 
 
 def _append_line(path: Path, value: dict[str, Any]) -> None:
@@ -139,7 +142,7 @@ def _append_line(path: Path, value: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(json.dumps(value).encode() + b"\n")
+        file.write(json.dumps(redacted(value)).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -148,13 +151,13 @@ def read_curve(folder: str | Path, *, until: int) -> tuple[CurvePoint, ...]:
     """Return the logged training steps up to step `until`, each step's newest line."""
     path = Path(folder) / "metrics.jsonl"
     points: dict[int, CurvePoint] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+            if value.pop("kind") == "CurvePoint" and value["step"] <= until:
+                points[value["step"]] = CurvePoint.model_validate(value)
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
-        if value.pop("kind") == "CurvePoint" and value["step"] <= until:
-            points[value["step"]] = CurvePoint.model_validate(value)
     return tuple(points[step] for step in sorted(points))
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 from uuid import uuid4
 
 from trainworks.errors import DataError
+from trainworks.redaction import redacted
 
 __all__ = ["BadRow", "BadRows", "BadRowsError", "Policy", "excerpt"]
 
@@ -98,7 +99,9 @@ class BadRows:
         if self.policy == "quarantine" and problems:
             self._staged.parent.mkdir(parents=True, exist_ok=True)
             with self._staged.open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(asdict(problem), ensure_ascii=False)}\n" for problem in problems)
+                file.writelines(
+                    f"{json.dumps(redacted(asdict(problem)), ensure_ascii=False)}\n" for problem in problems
+                )
 
     def finish(self) -> None:
         """Raise a BadRowsError with the first ten, where the policy is `error`; put the list where it belongs."""

@@ -210,9 +210,12 @@ def _opened(kept: Path) -> _Held:
     """Return the rows that a folder of the cache holds, mapped into memory."""
     from datasets.table import MemoryMappedTable, concat_tables
 
-    tables = [MemoryMappedTable.from_file(str(file)) for file in sorted(kept.glob("*.arrow"))]
-    dropped = json.loads((kept / _DROPPED).read_text(encoding="utf-8"))
-    return _Held(concat_tables(tables), np.load(kept / _STARTS, mmap_mode="r"), dropped, kept.name)
+    try:
+        tables = [MemoryMappedTable.from_file(str(file)) for file in sorted(kept.glob("*.arrow"))]
+        dropped = json.loads((kept / _DROPPED).read_bytes())
+        return _Held(concat_tables(tables), np.load(kept / _STARTS, mmap_mode="r"), dropped, kept.name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{kept}: what was kept of the files cannot be read: {error}; remove that folder") from error
 
 
 def _state(path: Path) -> str:

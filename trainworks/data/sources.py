@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain, islice
@@ -366,7 +367,17 @@ def _saved(folder: Path, data: Data) -> _Opened:
     from datasets import load_from_disk
 
     try:
+        for file in _saved_files(folder):
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"{folder}: {file} stands outside the folder; put a copy inside")
         saved = load_from_disk(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise DataError(f"{folder}: a folder of Dataset.save_to_disk that cannot be read: {error}") from error
     return _named_splits({"train": saved} if (folder / "state.json").exists() else saved, data, str(folder))
+
+
+def _saved_files(folder: Path) -> Iterator[Path]:
+    """Yield the files that a folder of `save_to_disk` says its rows stand in."""
+    whole = folder / "dataset_dict.json"
+    for part in [folder / name for name in json.loads(whole.read_bytes())["splits"]] if whole.exists() else [folder]:
+        yield from (part / file["filename"] for file in json.loads((part / "state.json").read_bytes())["_data_files"])

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainworks.redaction import redacted_tracebacks
+
 __all__ = ["Worker", "python_path", "requests"]
 
 
@@ -76,5 +78,6 @@ def requests() -> Iterator[tuple[Any, Callable[[Any], None]]]:
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    for line in sys.stdin:
-        yield json.loads(line), answer
+    with redacted_tracebacks():
+        for line in sys.stdin:
+            yield json.loads(line), answer

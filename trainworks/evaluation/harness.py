@@ -8,12 +8,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from trainworks.errors import EvaluationError
+from trainworks.errors import CheckpointError, EvaluationError
 from trainworks.evaluation.statistics import compare, estimate, merge
 from trainworks.metrics import HuggingFaceMetric, Metric, Prediction
 from trainworks.record import Comparison, Estimate, EvalReport, GoalOutcome, write_json
@@ -211,17 +212,30 @@ def _keep(run: Run, report: EvalReport, statistics: Statistics) -> None:
             key: {"examples": numbers.tolist(), "statistics": values.tolist()}
             for key, (numbers, values) in statistics.items()
         }
-        write_json(run.folder / "evaluations" / f"{report.name.replace(' ', '-')}.json", value)
+        write_json(_kept(run, report), value)
+
+
+def _kept(run: Run, report: EvalReport) -> Path:
+    """Return the file of a report's numbers; CheckpointError for a name that leads out of the folder."""
+    name = f"{report.name.replace(' ', '-')}.json"
+    if Path(name).name != name:
+        raise CheckpointError(f"{run.folder / 'run.json'}: a report is named {report.name!r}, which is no file's name")
+    return run.folder / "evaluations" / name
 
 
 def read_statistics(run: Run) -> None:
-    """Read back what `evaluate` kept of the reports in the record; for a resumed run. All ranks."""
+    """Read back what `evaluate` kept of the reports in the record; for a resumed run. CheckpointError where it cannot
+    be read. All ranks."""
     for report in run.record.reports:
-        path = run.folder / "evaluations" / f"{report.name.replace(' ', '-')}.json"
-        value = json.loads(path.read_text(encoding="utf-8"))
-        run.statistics[report.name] = {
-            key: (np.array(part["examples"], dtype=np.int64), _table(part["statistics"])) for key, part in value.items()
-        }
+        path = _kept(run, report)
+        try:
+            value = json.loads(path.read_bytes())
+            run.statistics[report.name] = {
+                key: (np.array(part["examples"], dtype=np.int64), _table(part["statistics"]))
+                for key, part in value.items()
+            }
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}; name another output folder") from error
 
 
 def _table(rows: list[list[Any]]) -> np.ndarray[Any, Any]:

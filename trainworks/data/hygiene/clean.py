@@ -68,7 +68,14 @@ def clean(rows: Dataset, settings: Clean, items: Items, *, source: str = "rows")
     lock = place.with_name(f".{key}.lock")
     once(place / "manifest.json", lambda: _make(space, rows, items, inputs), lock=lock)
     shutil.rmtree(space.making, ignore_errors=True)
-    done = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        return _cleaned(space, place, key, source)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise DataError(f"{place}: what was kept of the rows cannot be read: {error}; remove that folder") from error
+
+
+def _cleaned(space: Workspace, place: Path, key: str, source: str) -> Cleaned:
+    done = json.loads((place / "manifest.json").read_bytes())
     stages = tuple(StageFacts.model_validate(stage["facts"]) for stage in done["stages"])
     if stages and not stages[-1].rows_out:
         raise DataError(f"{source}: data.clean leaves no row; {_told(stages)}")
