@@ -56,8 +56,9 @@ _SECRET_VARIABLE = re.compile(
     r"TOKEN(?!S|IZ)|SECRET|PASSW|CREDENTIAL|(?:^|_)(?:KEY|PAT)$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE
 )
 _OF_A_PLACE = re.compile(r"_(?:PATH|FILE|DIR|DIRECTORY)$", re.IGNORECASE)
-_SHORTEST = 8
-"""Characters of an environment variable's value from which on it is looked for; a shorter one is part of many words."""
+_SHORTEST, _FEWEST = 8, 4
+"""Characters, and different ones, from which on an environment variable's value is looked for: less is part of many
+texts."""
 
 Value = TypeVar("Value")
 
@@ -88,7 +89,7 @@ def _secrets() -> list[str]:
         for name, value in os.environ.items()
         if _SECRET_VARIABLE.search(name) and not _OF_A_PLACE.search(name)
     ]
-    kept = {value for value in named if len(value) >= _SHORTEST}
+    kept = {value for value in named if len(value) >= _SHORTEST and len(set(value)) >= _FEWEST}
     return sorted(kept | {quote(value, safe="") for value in kept}, key=len, reverse=True)
 
 

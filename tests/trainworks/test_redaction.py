@@ -73,11 +73,13 @@ def test_what_looks_like_a_secret_is_taken_out(text: str, safe: str) -> None:
         "a basic understanding, a bearer of news",
         "key=value, tokens=9, the password is missing",
         "<|endoftext|>",
+        "00000000",
     ],
 )
 def test_other_words_stay(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "understanding")
     monkeypatch.setenv("API_KEY", "key")
+    monkeypatch.setenv("PASSWORD", "00000000")
     monkeypatch.setenv("HF_TOKEN_PATH", "someone@example.org")
     assert redacted(text) == text
 
