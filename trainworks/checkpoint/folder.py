@@ -59,7 +59,17 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """Return `state.json`."""
-        value: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        return self.read("state.json")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return one of its JSON files; CheckpointError when it is none."""
+        path = self.path / name
+        try:
+            value = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: holds no JSON object")
         return value
 
     def size(self) -> int:
@@ -101,18 +111,17 @@ def verify(checkpoint: Checkpoint, *, share: tuple[int, int] = (0, 1)) -> None:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {known['size']}")
         if (name == "state.json" or number % share[1] == share[0]) and file_sha256(path) != known["sha256"]:
             raise CheckpointError(f"{path}: its contents do not match the manifest's checksum")
-    if checkpoint.state()["progress"]["step"] != checkpoint.step:
+    if checkpoint.state().get("progress", {}).get("step") != checkpoint.step:
         raise CheckpointError(f"{checkpoint.path}: its state is of another step")
 
 
 def _read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.path / "manifest.json"
+    path, value = checkpoint.path / "manifest.json", checkpoint.read("manifest.json")
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         body = {name: value[name] for name in ("format", "files")}
         intact = value["sha256"] == _body_digest(body) and value.keys() == {"format", "files", "sha256"}
-        plain = all(Path(name).name == name for name in value["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        plain = all(Path(name).name == name for name in value["files"]) and not path.is_symlink()
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not intact or not plain:
         raise CheckpointError(f"{path}: its contents do not match its own checksum")

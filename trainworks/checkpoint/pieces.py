@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors import safe_open
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -46,13 +47,19 @@ def buffers(run: Run) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a tensor: where it belongs in the whole, and the file that holds it."""
+    """A block of a tensor: where it belongs in the whole, and the file that holds it.
+
+    What is read from a file is checked: a checkpoint may come from anybody.
+    """
 
     shape: tuple[int, ...]
     """Of the whole tensor."""
     box: Box
-    dtype: str
-    file: str = ""
+    dtype: Annotated[str, Field(pattern="^(float|bfloat|uint|int|bool|complex)[0-9]*$")]
+    file: Annotated[str, Field(pattern=r"^(rank-[0-9]+-[0-9]+\.safetensors)?$")] = ""
+
+
+_INDEX = TypeAdapter(dict[str, Piece])
 
 
 def owned(tensors: dict[str, Tensor], rank: int) -> Iterator[tuple[str, Tensor, Piece]]:
@@ -81,11 +88,13 @@ class Pieces:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._folder = checkpoint.path
         self._pieces: dict[str, list[Piece]] = {}
-        for index in sorted(checkpoint.path.glob("rank-*.json")):
-            for name, piece in json.loads(index.read_text(encoding="utf-8"))["pieces"].items():
-                box = tuple((start, stop) for start, stop in piece["box"])
-                found = Piece(tuple(piece["shape"]), box, piece["dtype"], piece["file"])
-                self._pieces.setdefault(name, []).append(found)
+        for index in sorted(path.name for path in checkpoint.path.glob("rank-*.json")):
+            try:
+                pieces = _INDEX.validate_python(checkpoint.read(index).get("pieces"))
+            except ValidationError as error:
+                raise CheckpointError(f"{checkpoint.path / index}: {error.errors()[0]['msg']}") from error
+            for name, piece in pieces.items():
+                self._pieces.setdefault(name, []).append(piece)
 
     def names(self, prefix: str) -> set[str]:
         """Return the names of the tensors that begin with `prefix`."""
@@ -124,6 +133,9 @@ def _slices(overlap: Sequence[tuple[int, int]], box: Box) -> tuple[slice, ...]:
 
 
 def _read(file: Path, name: str, where: tuple[slice, ...]) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
-        value: Tensor = opened.get_slice(name)[where] if where else opened.get_tensor(name)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            value: Tensor = opened.get_slice(name)[where] if where else opened.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
     return value

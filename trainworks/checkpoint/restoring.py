@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 
 import torch
@@ -55,8 +54,8 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
 
 def _restore_random_states(run: Run, checkpoint: Checkpoint) -> None:
     """Give each rank its own random states back; ranks that were not there before are seeded afresh."""
-    path = checkpoint.path / f"rank-{run.world.rank:05d}.json"
-    if path.exists():
-        set_random_states(json.loads(path.read_text(encoding="utf-8"))["random"])
+    name = f"rank-{run.world.rank:05d}.json"
+    if (checkpoint.path / name).exists():
+        set_random_states(checkpoint.read(name)["random"])
     else:
         torch.manual_seed(run.config.seed + 1000 * run.world.rank + run.progress.step)
