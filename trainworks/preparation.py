@@ -76,7 +76,9 @@ def assemble(
     origin = models.fingerprint(config.model, model, seed=config.seed)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class)
     facts = _model_facts(config, model, origin)
-    if config.speed.compile == "on" or (config.speed.compile == "auto" and can_compile(world.device)):
+    if config.speed.compile == "on" or (
+        config.speed.compile == "auto" and can_compile(world.device) and not config.deterministic
+    ):
         compile_layers(model)
     step = world.wrap(Step(model, task, processor))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.

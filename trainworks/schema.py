@@ -309,6 +309,7 @@ class RunConfig(Settings, Generic[TaskT]):
     trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
     """Experiment trackers beside the run's own metrics.jsonl."""
     deterministic: bool = False
-    """Use only deterministic kernels, so that a GPU run repeats bit for bit (slower)."""
+    """Use only deterministic kernels, so that a GPU run repeats bit for bit (slower). Nothing is compiled then unless
+    `speed.compile` says `on`: a compiled kernel depends on the sizes met before it."""
     hub: Hub | None = None
     """Where to publish."""

@@ -112,6 +112,11 @@ class Saver:
         self._writing = self._threads.submit(self._write, self._copies.of(taken), best)
         return problem
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.done()
+
     def finish(self) -> str | None:
         """Wait for what is being written; like `save`."""
         if self._writing is None:
