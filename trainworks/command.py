@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,11 +15,13 @@ import typer
 
 from trainworks.config import dump, load
 from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ToolkitError
-from trainworks.output import is_complete
-from trainworks.record import Outcome, RunRecord, read_record, write_json
+from trainworks.output import is_complete, write_outcome
+from trainworks.parallel.verdict import Report
+from trainworks.parallel.watchdog import Watchdog, exit_status
+from trainworks.record import Outcome, RunRecord
 from trainworks.redaction import redacted, redacted_tracebacks
 from trainworks.schema import RunConfig
-from trainworks.stopping import Stopped, follow_launcher, told_to_launcher
+from trainworks.stopping import Stopped, follow_launcher
 
 if TYPE_CHECKING:
     from trainworks.run import Run
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["guarded", "run_command", "say"]
 
 Prepare = Callable[[Any], "Run"]
-
-_STOPPED = (EXIT_OK, EXIT_PREEMPTED, EXIT_INTERRUPTED)
 
 
 def run_command(package: str, model: type[RunConfig[Any]], recipe: Callable[[], Prepare]) -> typer.Typer:
@@ -71,7 +72,7 @@ def _command(
     if is_complete(config):
         say(f"{config.output}: this run is complete; name another output folder to train again")
         return EXIT_OK
-    return _recorded(config, lambda: _run(config, recipe))
+    return _recorded(config, lambda: _watched(lambda: _run(config, recipe)))
 
 
 def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
@@ -186,22 +187,54 @@ def _recorded(config: RunConfig[Any], action: Callable[[], Outcome]) -> int:
     except Stopped:
         outcome = Outcome(code=EXIT_PREEMPTED, reason="asked to stop outside training; the same command goes on")
     except BaseException as error:
-        _write(folder, Outcome(code=1, reason=f"{type(error).__name__}: {error}"))
+        _write(folder, Outcome(code=1, reason=_told(error)))
         raise
     _write(folder, outcome)
     say(outcome.reason)
-    return told_to_launcher(outcome.code)
+    return exit_status(outcome.code)
+
+
+def _watched(action: Callable[[], Outcome]) -> Outcome:
+    """Do it as one of several ranks: when it fails by another's doing, the process ends here, and that one is named."""
+    try:
+        return action()
+    except BaseException as error:
+        if Watchdog.current is not None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)  # a launcher's, for the same reason: it must not cut this short
+            report = _report(error)
+            verdict = Watchdog.current.failed(report, error.__traceback__)
+            if verdict is not None and not isinstance(error, ToolkitError):
+                error.add_note(f"on {verdict.reason.removesuffix(f': {report.text}')}")
+        raise
+
+
+def _report(error: BaseException) -> Report:
+    from torch.distributed import DistError
+
+    match error:
+        case Stopped():
+            return Report("stop", EXIT_PREEMPTED, "asked to stop outside training; the same command goes on")
+        case KeyboardInterrupt():
+            return Report("stop", EXIT_INTERRUPTED, "interrupted; the same command goes on from the last checkpoint")
+        case ToolkitError():
+            return Report("error", error.exit_code, redacted(str(error)))
+    broke = isinstance(error, DistError) or any(sign in str(error) for sign in _BROKEN)
+    return Report("complaint" if broke else "error", 1, _told(error))
+
+
+_BROKEN = ("gloo/transport", "pair closure")
+"""What gloo's errors hold, which have no type of their own (torch 2.13)."""
+
+
+def _told(error: BaseException) -> str:
+    return redacted("; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
 
 
 def _write(folder: Path, outcome: Outcome) -> None:
-    """Write `outcome.json`; the record of a run that was on its way and is not says so too."""
-    if not _is_main():
-        return
-    if outcome.code not in _STOPPED and (folder / "run.json").exists():
-        record = read_record(folder)
-        if record.status == "running":
-            record.model_copy(update={"status": "failed"}).write(folder)
-    write_json(folder / "outcome.json", outcome.model_dump())
+    """Write `outcome.json` from the main process."""
+    if _is_main():
+        write_outcome(folder, outcome)
 
 
 def guarded(action: Callable[[], int]) -> int:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from trainworks.config import differences, resolved
-from trainworks.errors import EXIT_OK, CheckpointError, ConfigError
-from trainworks.record import read_outcome, read_record
+from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, CheckpointError, ConfigError
+from trainworks.record import Outcome, read_outcome, read_record, write_json
 from trainworks.redaction import redacted
 from trainworks.schema import RunConfig
 
-__all__ = ["check_folder", "is_complete"]
+__all__ = ["check_folder", "is_complete", "write_outcome"]
 
 Config = RunConfig[Any]
 
@@ -78,7 +78,8 @@ def _check_links(folder: Path) -> None:
 
 def _foreign(folder: Path) -> bool:
     return any(
-        entry.name not in ("outcome.json", "trackers") and not entry.name.startswith(".") for entry in folder.iterdir()
+        entry.name not in ("outcome.json", "stacks", "trackers") and not entry.name.startswith(".")
+        for entry in folder.iterdir()
     )
 
 
@@ -94,3 +95,13 @@ def _ended_well(folder: Path) -> bool:
         return read_outcome(folder).code == EXIT_OK
     except CheckpointError:
         return False
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Write `outcome.json`; the record of a run that was on its way and is not says so too. One process."""
+    if outcome.code != EXIT_OK and (folder / "run.json").exists():
+        record = read_record(folder)
+        if record.status == "running":
+            status = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}.get(outcome.code, "failed")
+            record.model_copy(update={"status": status}).write(folder)
+    write_json(folder / "outcome.json", outcome.model_dump())

@@ -48,7 +48,8 @@ def begin(config: Config) -> World:
         seed=config.seed,
         deterministic=config.deterministic,
         trackers=config.trackers,
-        folder=str(Path(config.output) / "trackers"),
+        output=Path(config.output),
+        timeout=config.faults.rank_timeout,
     )
 
 
@@ -100,7 +101,7 @@ def assemble(
         packing=packing,
         steps_total=order.num_steps,
     )
-    return Run(
+    run = Run(
         config=config,
         task=task,
         world=world,
@@ -117,6 +118,8 @@ def assemble(
         micro=micro,
         record=record,
     )
+    world.follow(lambda: run.progress.step)
+    return run
 
 
 _AUTO_TOKENS = {"cpu": 8_192, "cuda": 32_768}

@@ -12,13 +12,16 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED
-from trainworks.record import Outcome, read_record, write_json
+from trainworks.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from trainworks.output import write_outcome
+from trainworks.parallel.verdict import Report
+from trainworks.parallel.watchdog import exit_status
+from trainworks.record import Outcome
 
 if TYPE_CHECKING:
     from trainworks.run import Run
 
-__all__ = ["AskedToStop", "Stop", "Stopped", "follow_launcher", "told_to_launcher"]
+__all__ = ["AskedToStop", "Stop", "Stopped", "follow_launcher"]
 
 _CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_PREEMPTED, signal.SIGUSR1: EXIT_PREEMPTED}
 
@@ -77,9 +80,7 @@ class Stop:
         with self._heard:
             while heard := self._heard.recv(1):
                 if heard[0] == signal.SIGTERM:
-                    # The main process first, for it is the one that writes down how the run ended.
-                    seconds = self.run.config.faults.stop_within + (0 if self.run.world.is_main else 1)
-                    if not self._left.wait(seconds):
+                    if not self._left.wait(self.run.config.faults.stop_within):
                         _leave(self.run)
                     return
 
@@ -100,21 +101,16 @@ class Stop:
 
 def _leave(run: Run) -> None:
     """End the process at once, for there is no time left to save."""
+    reason = (
+        f"asked to stop, and not saved within {run.config.faults.stop_within} s (faults.stop_within); the same command "
+        "goes on from the last checkpoint"
+    )
+    if run.world.watchdog is not None:
+        run.world.watchdog.failed(Report("stop", EXIT_PREEMPTED, reason))
     if run.world.is_main:
-        read_record(run.folder).model_copy(update={"status": "preempted"}).write(run.folder)
-        reason = (
-            f"asked to stop, and step {run.progress.step} could not be saved within "
-            f"{run.config.faults.stop_within} s (faults.stop_within); the same command goes on from the last checkpoint"
-        )
-        write_json(run.folder / "outcome.json", Outcome(code=EXIT_PREEMPTED, reason=reason).model_dump())
+        write_outcome(run.folder, Outcome(code=EXIT_PREEMPTED, reason=reason))
         print(reason, file=sys.stderr, flush=True)
-    os._exit(told_to_launcher(EXIT_PREEMPTED))
-
-
-def told_to_launcher(code: int) -> int:
-    """Return the code to exit with: torchrun starts a rank again that did not exit with 0, though the run was asked to
-    stop."""
-    return EXIT_OK if "TORCHELASTIC_RUN_ID" in os.environ and code == EXIT_PREEMPTED else code
+    os._exit(exit_status(EXIT_PREEMPTED))
 
 
 def follow_launcher() -> None:

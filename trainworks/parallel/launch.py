@@ -4,10 +4,12 @@ agree."""
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainworks.errors import LaunchError, ToolkitError
+from trainworks.parallel.restarts import init_method
+from trainworks.parallel.watchdog import Watchdog, join
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,10 +30,10 @@ __all__ = ["World", "start"]
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others in a collective before it gives up."""
 PATIENCE = timedelta(days=7)
-"""How long it waits for work that one of them does for all, such as tokenizing: such a wait holds no device."""
+"""How long a rank waits for work that one of them does for all, such as tokenizing: such a wait holds no device."""
+MARGIN = 3
+"""Seconds by which a collective outlasts the watchdog, which can say who is missing."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class World:
     accelerator: Accelerator
     patient: ProcessGroup | None = None
     """The ranks again, joined through the processor, with time to wait for one another; None for one process."""
-
     beside: ProcessGroup | None = None
     """The same once more, for what is saved while the ranks train."""
+    watchdog: Watchdog | None = None
+    """What sees to it that no rank waits for one that will never come; None for one process."""
 
     @property
     def ranks(self) -> int:
@@ -71,13 +76,23 @@ class World:
 
     def wait(self) -> None:
         """Let every rank catch up. All ranks."""
-        self.accelerator.wait_for_everyone()
+        with self._waiting():
+            self.accelerator.wait_for_everyone()
 
     def wait_patiently(self) -> None:
         """Let every rank catch up, however long one of them works for all; a rank that dies ends the wait. All
         ranks."""
         if self.patient is not None:
-            torch.distributed.barrier(self.patient)
+            with self._waiting(patient=True):
+                torch.distributed.barrier(self.patient)
+
+    def _waiting(self, *, patient: bool = False) -> AbstractContextManager[None]:
+        return nullcontext() if self.watchdog is None else self.watchdog.waiting(patient=patient)
+
+    def follow(self, step: Callable[[], int]) -> None:
+        """Let the others know how many optimizer steps this rank has done, by a function that any thread may call."""
+        if self.watchdog is not None:
+            self.watchdog.step = step
 
     def move(self, batch: Batch) -> Batch:
         """Return a batch on this rank's device."""
@@ -92,29 +107,35 @@ class World:
         if self.ranks == 1:
             return dict(values)
         joined = torch.cat([value.float() for value in values.values()])
-        torch.distributed.all_reduce(joined)
+        with self._waiting():
+            torch.distributed.all_reduce(joined)
         return dict(zip(values, joined.split([len(value) for value in values.values()]), strict=True))
 
     def gather(self, value: T, group: ProcessGroup | None = None) -> list[T]:
-        """Return every rank's value, in rank order. All ranks."""
+        """Return every rank's value, in rank order; with a group of one's own, however long the others take. All
+        ranks."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
-        torch.distributed.all_gather_object(values, value, group=group)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        with self._waiting(patient=group is not None) if in_main_thread else nullcontext():
+            torch.distributed.all_gather_object(values, value, group=group)
         return values
 
     def most(self, value: int) -> int:
-        """Return the largest of every rank's whole number. All ranks."""
+        """Return the largest of every rank's whole number, without a wait for the device. All ranks."""
         if self.ranks == 1:
             return value
-        shared = torch.tensor(value, device=self.device)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        shared = torch.tensor(value)
+        with self._waiting():
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.patient)
         return int(shared.item())
 
     def largest(self, value: Tensor) -> Tensor:
         """Return the largest of every rank's scalar, on the device, without waiting for it. All ranks."""
         if self.ranks > 1:
-            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+            with self._waiting():
+                torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return value
 
     def agree(self, action: Callable[[], object]) -> str | None:
@@ -146,7 +167,10 @@ class World:
                 part.reshard()
 
     def leave(self) -> None:
-        """Leave the other processes; a process group still open at exit may abort the process (gloo, torch 2.13)."""
+        """Leave the other processes, without alarm; a process group still open at exit may abort the process (gloo,
+        torch 2.13)."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -162,23 +186,50 @@ class World:
         return sharded
 
 
-def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], folder: str) -> World:
-    """Join the other processes and return the world; LaunchError when it is not the one asked for. All ranks."""
+def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], output: Path, timeout: float = 600.0) -> World:
+    """Join the other processes and return the world; LaunchError when it is not the one asked for. All ranks.
+
+    A rank that does not come to a collective, or gives no sign of life, for `timeout` seconds is taken to hang; what
+    the ranks end by is then written to `output`.
+    """
     _check_environment()
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 
-    handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), DistributedDataParallelKwargs(broadcast_buffers=False)]
-    accelerator = Accelerator(log_with=list(trackers) or None, project_dir=folder, kwargs_handlers=handlers)
+    patience = timedelta(seconds=timeout + MARGIN)
+    handlers = [
+        InitProcessGroupKwargs(init_method=init_method(), timeout=patience),
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+    ]
+    accelerator = Accelerator(
+        log_with=list(trackers) or None, project_dir=str(output / "trackers"), kwargs_handlers=handlers
+    )
     _check_world(accelerator)
     _reduce_in_float32(accelerator)
     set_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if accelerator.num_processes == 1:
         return World(accelerator)
-    return World(accelerator, *(torch.distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2)))
+    patient, beside = (torch.distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    return World(accelerator, patient, beside, _watchdog(patient, timeout, output))
+
+
+def _watchdog(group: ProcessGroup, timeout: float, output: Path) -> Watchdog:
+    """Return this process's watchdog, told the newest run's wishes where it watches already. All ranks."""
+
+    def share(value: Any) -> list[Any]:
+        values: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value, group=group)
+        return values
+
+    if Watchdog.current is None:
+        watchdog = join(share, torch.distributed.get_rank(), timeout=timeout, output=output)
+        watchdog.start()
+        return watchdog
+    Watchdog.current.timeout, Watchdog.current.output = timeout, output
+    return Watchdog.current
 
 
 def _check_environment() -> None:
