@@ -186,7 +186,7 @@ class World:
         return sharded
 
 
-def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], output: Path, timeout: float = 600.0) -> World:
+def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], output: Path, timeout: float) -> World:
     """Join the other processes and return the world; LaunchError when it is not the one asked for. All ranks.
 
     A rank that does not come to a collective, or gives no sign of life, for `timeout` seconds is taken to hang; what

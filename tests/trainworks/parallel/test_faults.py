@@ -94,7 +94,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launched(place: Path, output: Path, fault: str = "none::", *options: str, ranks: int = 2) -> Launched:
+def launched(
+    place: Path, output: Path, fault: str = "none::", *options: str, ranks: int = 2, workers: int = 0
+) -> Launched:
     """Start ranks, one of which breaks, and follow them until the last of them is gone."""
     mark = f"STARTED_BY_TEST={uuid4().hex}"
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
@@ -110,7 +112,7 @@ def launched(place: Path, output: Path, fault: str = "none::", *options: str, ra
     log = output.with_suffix(".log")
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*command, str(ROOT / "tests" / "faulty.py"), "run.yaml", f"output={output}"],
+            [*command, str(ROOT / "tests" / "faulty.py"), "run.yaml", f"output={output}", f"data.workers={workers}"],
             cwd=place,
             env=inherited | own | dict([mark.split("=")]),
             stdin=subprocess.DEVNULL,
@@ -172,6 +174,14 @@ def test_the_rank_that_breaks_is_named_and_the_others_leave_at_once(
     stacks = {path.name for path in (ended.output / "stacks").iterdir()}
     assert {f"rank-{rank:05d}.txt" for rank in stayed} <= stacks
     assert "most recent call first" in (ended.output / "stacks" / f"rank-{min(stayed):05d}.txt").read_text()
+
+
+def test_a_death_is_noticed_though_the_ranks_workers_hold_on_to_its_connections(place: Path, tmp_path: Path) -> None:
+    ended = launched(place, tmp_path / "run", "1:5:killed", workers=1)
+    assert "rank 1 (" in read_outcome(ended.output).reason
+    assert "was killed by SIGKILL" in ended.said
+    # The dead rank's loader is asked every five seconds whether anyone is left.
+    assert ended.last_seen[0] - ended.broke < 2 * AT_ONCE
 
 
 @pytest.fixture(scope="module")
