@@ -205,8 +205,8 @@ def test_a_signal_to_the_process_saves_the_run_and_the_same_command_ends_it(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "to_all", "code"),
-    [(signal.SIGTERM, False, 75), (signal.SIGINT, True, 130), (signal.SIGTERM, True, 75)],
-    ids=["SIGTERM to the launcher alone", "SIGINT to the group", "SIGTERM to the group"],
+    [(signal.SIGTERM, False, 75), (signal.SIGUSR1, False, 75), (signal.SIGINT, True, 130), (signal.SIGTERM, True, 75)],
+    ids=["SIGTERM to the launcher", "SIGUSR1 to the launcher", "SIGINT to the group", "SIGTERM to the group"],
 )
 def test_a_signal_to_the_launcher_saves_the_run_and_leaves_no_process(
     number: signal.Signals, to_all: bool, code: int, started: Callable[..., Started], weights: str, tmp_path: Path
@@ -226,7 +226,7 @@ def test_a_signal_to_the_launcher_saves_the_run_and_leaves_no_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda value: value.name)
 def test_a_signal_to_torchrun_alone_saves_both_ranks_at_one_step(
     number: signal.Signals, started: Callable[..., Started], tmp_path: Path
 ) -> None:
@@ -238,7 +238,7 @@ def test_a_signal_to_torchrun_alone_saves_both_ranks_at_one_step(
     finished(first)
     assert_gone(first)
     stopped = assert_saved(output, read_outcome(output).code)
-    assert read_outcome(output).code in {signal.SIGTERM: (75,), signal.SIGINT: (75, 130)}[number]
+    assert read_outcome(output).code in {signal.SIGINT: (75, 130)}.get(number, (75,))
     newest = checkpoints(output)[0]
     assert {path.name for path in newest.path.glob("rank-*.json")} == {"rank-00000.json", "rank-00001.json"}
 
