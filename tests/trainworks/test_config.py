@@ -388,6 +388,13 @@ def test_a_dumped_config_reads_back_equal(text: str) -> None:
     assert read(dump(again)) == again
 
 
+def test_a_dumped_config_with_plain_descent_reads_back_equal_and_eps_is_refused() -> None:
+    config = read(VALID, "optim.name=sgd")
+    assert read(dump(config)) == config
+    with pytest.raises(ConfigError, match="eps does nothing for sgd"):
+        read(VALID, "optim.name=sgd", "optim.eps=1e-5")
+
+
 def test_a_dumped_config_has_every_key_in_the_order_declared() -> None:
     config = read(VALID)
     keys = [line.split(":")[0] for line in dump(config).splitlines() if line[0] not in " -"]
