@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainworks.command import guarded, say
+from trainworks.command import guarded, quieten_libraries, say
 from trainworks.config import json_schema, load
 from trainworks.errors import ConfigError
 from trainworks.record import read_outcome, read_record
@@ -179,6 +179,51 @@ def _tokenizer(
         return 0
 
     raise typer.Exit(guarded(train))
+
+
+@app.command("verify-resume")
+def _verify_resume(
+    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as deterministic=true.", metavar="KEY=VALUE")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps before the first checkpoint; as many follow it.")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, help="Also move the run to so many processes, and back.")] = 1,
+) -> None:
+    """Prove that a run of this file, killed and gone on with, equals one that nothing disturbed."""
+
+    def verify() -> int:
+        settings = _run_config(config, overrides or [])
+        from trainworks.checks.resumption import verify_resume
+
+        quieten_libraries()
+        for line in verify_resume(settings, steps=steps, ranks=ranks):
+            print(line, flush=True)
+        return 0
+
+    raise typer.Exit(guarded(verify))
+
+
+@app.command("selfcheck")
+def _selfcheck(
+    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, as batch.per_step=8.", metavar="KEY=VALUE")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to take in each way.")] = 3,
+    ranks: Annotated[int, typer.Option(min=1, help="Also compare with so many processes.")] = 1,
+) -> None:
+    """Prove that the loss of this file is the same for every micro-batch, packed or not, on one process or several."""
+
+    def check() -> int:
+        settings = _run_config(config, overrides or [])
+        from trainworks.checks.invariance import selfcheck
+
+        for line in selfcheck(settings, steps=steps, ranks=ranks):
+            print(line, flush=True)
+        return 0
+
+    raise typer.Exit(guarded(check))
 
 
 @app.command("card")

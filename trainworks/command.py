@@ -26,7 +26,7 @@ from trainworks.stopping import Stopped, follow_launcher
 if TYPE_CHECKING:
     from trainworks.run import Run
 
-__all__ = ["guarded", "run_command", "say"]
+__all__ = ["guarded", "quieten_libraries", "run_command", "say"]
 
 Prepare = Callable[[Any], "Run"]
 
@@ -83,7 +83,7 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     from trainworks.exporting import export
     from trainworks.training import fit
 
-    _quieten_libraries()
+    quieten_libraries()
     if config.hub is not None and config.hub.push and _is_main():
         model_cards.check_access(config.hub.repo)
     run = prepare(config)
@@ -102,7 +102,7 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     return Outcome(code=EXIT_OK, reason=_ending(record))
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Leave out what libraries say that nobody can act on."""
     import datasets
     import transformers

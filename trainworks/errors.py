@@ -8,6 +8,7 @@ ToolkitError                 (2)  anything the toolkit itself reports
 ├── LaunchError              (3)  the machine is not the one asked for
 ├── AccessError              (3)  something outside could not be reached or refused us: the Hub, a token
 ├── CheckpointError          (3)  a run folder that cannot be continued or written
+├── CheckError               (3)  what `verify-resume` or `selfcheck` was to prove does not hold
 └── PublishError             (3)  the upload, or a card that would mislead
 """
 
@@ -23,6 +24,7 @@ __all__ = [
     "EXIT_OK",
     "EXIT_PREEMPTED",
     "AccessError",
+    "CheckError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -93,6 +95,12 @@ class AccessError(ToolkitError):
 
 class CheckpointError(ToolkitError):
     """A run folder or checkpoint that cannot be written, read or continued."""
+
+    exit_code = 3
+
+
+class CheckError(ToolkitError):
+    """Two runs that should be equal are not, or one of them did not come to its end."""
 
     exit_code = 3
 

@@ -31,7 +31,18 @@ from trainworks.shipped import configs_folder
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("accelerate", "datasets", "evaluate", "matplotlib", "numpy", "peft", "pyarrow", "torch", "transformers")
-COMMANDS = ("card", "configs", "outcome", "prepare", "preview", "publish", "schema", "tokenizer")
+COMMANDS = (
+    "card",
+    "configs",
+    "outcome",
+    "prepare",
+    "preview",
+    "publish",
+    "schema",
+    "selfcheck",
+    "tokenizer",
+    "verify-resume",
+)
 
 
 def answer(*arguments: str) -> Any:

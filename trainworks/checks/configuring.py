@@ -1,0 +1,39 @@
+"""The run file of a check: a user's own, made short, and kept from everything outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import finetune
+import pretrain
+from trainworks.config import dump
+from trainworks.schema import Budget, Every, RunConfig
+
+__all__ = ["recipe_of", "shortened", "write_run_file"]
+
+_RECIPES: dict[type, str] = {pretrain.Config: "pretrain", finetune.Config: "finetune"}
+
+
+def recipe_of(config: RunConfig[Any]) -> str:
+    """Return the package that runs a configuration."""
+    return _RECIPES[type(config)]
+
+
+def shortened(config: RunConfig[Any], output: Path, *, steps: int, save: int) -> RunConfig[Any]:
+    """Return the same run for some steps, every one logged, into another folder, without trackers or Hub."""
+    return config.model_copy(
+        update={
+            "output": str(output),
+            "budget": Budget(steps=steps),
+            "every": Every(log=1, save=save),
+            "trackers": (),
+            "hub": None,
+        }
+    )
+
+
+def write_run_file(config: RunConfig[Any], path: Path) -> str:
+    """Write a configuration whole, and return the file's name."""
+    path.write_text(dump(config), encoding="utf-8")
+    return str(path)
