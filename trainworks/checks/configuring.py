@@ -10,9 +10,10 @@ import pretrain
 from trainworks.config import dump
 from trainworks.schema import Budget, Every, RunConfig
 
-__all__ = ["recipe_of", "shortened", "write_run_file"]
+__all__ = ["eased", "recipe_of", "shortened", "write_run_file"]
 
 _RECIPES: dict[type, str] = {pretrain.Config: "pretrain", finetune.Config: "finetune"}
+_SMALLEST_EPS = {"adamw": 1e-5, "sgd": 0.0}
 
 
 def recipe_of(config: RunConfig[Any]) -> str:
@@ -31,6 +32,17 @@ def shortened(config: RunConfig[Any], output: Path, *, steps: int, save: int) ->
             "hub": None,
         }
     )
+
+
+def eased(config: RunConfig[Any]) -> RunConfig[Any]:
+    """Return the same run with an AdamW whose `eps` is not smaller than 1e-5.
+
+    It divides by the gradient's size: where a gradient is next to nothing, as that of a key's bias, a small `eps` makes
+    whole steps of rounding, and two ways to compute the same come apart.
+    """
+    optim = config.optim
+    larger = optim.model_copy(update={"eps": max(optim.eps, _SMALLEST_EPS[optim.name])})
+    return config.model_copy(update={"optim": larger})
 
 
 def write_run_file(config: RunConfig[Any], path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trainworks.checks.configuring import recipe_of, shortened, write_run_file
+from trainworks.checks.configuring import eased, recipe_of, shortened, write_run_file
 from trainworks.checks.measuring import Difference, Measured, compare
 from trainworks.checks.processes import Started, check_ranks, stage
 from trainworks.errors import CheckError
@@ -21,8 +21,6 @@ BOUNDS: Mapping[str, Difference] = {
     "bfloat16": Difference(loss=1e-2, norm=5e-2, weights=0.25),
 }
 """What rounding may make of it, by precision."""
-_EPS = 1e-5
-"""AdamW's, for the check: a smaller one magnifies rounding where a gradient is next to nothing, as a key's bias has."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,8 @@ def selfcheck(config: RunConfig[Any], *, steps: int = 3, ranks: int = 1) -> Iter
     """
     check_ranks(ranks)
     with TemporaryDirectory(prefix="trainworks-") as name:
-        check = _Check(_prepared(config, Path(name), steps), recipe_of(config), Path(name))
+        short = eased(shortened(config, Path(name) / "run", steps=steps, save=steps))
+        check = _Check(short, recipe_of(config), Path(name))
         expected = check.measure("as configured", config.batch)
         bounds = BOUNDS[expected.precision]
         tried = variants(config.batch, ranks)
@@ -75,17 +74,6 @@ def selfcheck(config: RunConfig[Any], *, steps: int = 3, ranks: int = 1) -> Iter
     if parted:
         raise CheckError(f"the loss depends on how it is computed: {', '.join(parted)}")
     yield f"equal: {steps} steps in {len(rows) + 1} ways, but for rounding"
-
-
-def _prepared(config: RunConfig[Any], folder: Path, steps: int) -> RunConfig[Any]:
-    short = shortened(config, folder / "run", steps=steps, save=steps)
-    return short.model_copy(update={"optim": _EASED[config.optim.name](config.optim)})
-
-
-_EASED: Mapping[str, Any] = {
-    "adamw": lambda optim: optim.model_copy(update={"eps": max(optim.eps, _EPS)}),
-    "sgd": lambda optim: optim,
-}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from trainworks.checkpoint import checkpoints
-from trainworks.checks.comparing import MEASURED, compare_curves, compare_tensors, largest_difference, tensor_files
-from trainworks.checks.configuring import recipe_of, shortened, write_run_file
+from trainworks.checks.comparing import compare_curves, compare_tensors, largest_difference, tensor_files
+from trainworks.checks.configuring import eased, recipe_of, shortened, write_run_file
 from trainworks.checks.measuring import drops_out
 from trainworks.checks.processes import Started, check_ranks, on_gpu, stage
 from trainworks.errors import CheckError
@@ -22,7 +22,7 @@ from trainworks.tracking import read_curve
 __all__ = ["verify_resume"]
 
 TOLERANCE = 1e-6
-"""How far losses and gradient norms may be apart, relative, when the number of processes changed."""
+"""How far losses may be apart, relative, when the number of processes changed."""
 _TRIES = 3
 
 
@@ -37,6 +37,8 @@ def verify_resume(config: RunConfig[Any], *, steps: int = 8, ranks: int = 1) -> 
     with TemporaryDirectory(prefix="trainworks-") as name:
         folder = Path(name)
         short = shortened(config, folder / "run", steps=2 * steps, save=steps)
+        if ranks > 1:
+            short = eased(short)
         check = _Check(recipe_of(config), write_run_file(short, folder / "run.yaml"), folder, steps)
         check.train()
         yield from check.resume_bit_for_bit(deterministic=config.deterministic)
@@ -95,14 +97,16 @@ class _Check:
             self._finish(ranks=after)
         expected, found = read_record(self._undisturbed), self._resumed()
         what = f"moved from {before} to {_processes(after)}"
-        measured = MEASURED if exact else ()
+        measured = ("loss",) if exact else ()
         if parting := compare_curves(expected.curve, found.curve, tolerance=TOLERANCE, measured=measured):
             raise CheckError(f"a run {what} parts from the undisturbed one at {parting}")
         shutil.rmtree(self._run)
         if not exact:
-            return f"{what}: dropout draws other numbers there; {len(found.curve)} steps took as many samples"
+            return (
+                f"{what}: dropout draws other numbers there; {len(found.curve)} steps took as many samples and tokens"
+            )
         apart = largest_difference(expected.curve, found.curve)
-        return f"{what}: {len(found.curve)} losses and gradient norms within {apart:.1e}"
+        return f"{what}: {len(found.curve)} losses within {apart:.1e}"
 
     def _start(self, *, ranks: int) -> Started:
         return Started(self.recipe, self.file, ranks=ranks, log=self.folder / "log.txt")
