@@ -18,7 +18,7 @@ __all__ = ["BOUNDS", "Variant", "selfcheck", "variants"]
 
 BOUNDS: Mapping[str, Difference] = {
     "float32": Difference(loss=1e-6, norm=1e-6, weights=1e-3),
-    "bfloat16": Difference(loss=1e-2, norm=5e-2, weights=0.25),
+    "bfloat16": Difference(loss=1e-3, norm=1e-2, weights=0.1),
 }
 """What rounding may make of it, by precision."""
 
