@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pretrain
 from trainworks.config import dump
 from trainworks.schema import Budget, Every, RunConfig
 
-__all__ = ["eased", "recipe_of", "shortened", "write_run_file"]
+__all__ = ["eased", "recipe_of", "said_eased", "shortened", "write_run_file"]
 
 _RECIPES: dict[type, str] = {pretrain.Config: "pretrain", finetune.Config: "finetune"}
 _SMALLEST_EPS = {"adamw": 1e-5, "sgd": 0.0}
@@ -43,6 +44,12 @@ def eased(config: RunConfig[Any]) -> RunConfig[Any]:
     optim = config.optim
     larger = optim.model_copy(update={"eps": max(optim.eps, _SMALLEST_EPS[optim.name])})
     return config.model_copy(update={"optim": larger})
+
+
+def said_eased(config: RunConfig[Any]) -> Iterator[str]:
+    """Yield a line on what `eased` changes, if it does."""
+    if (eps := eased(config).optim.eps) != config.optim.eps:
+        yield f"optim.eps is {eps:g} here: with {config.optim.eps:g} AdamW makes whole steps of rounding"
 
 
 def write_run_file(config: RunConfig[Any], path: Path) -> str:

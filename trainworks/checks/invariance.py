@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trainworks.checks.configuring import eased, recipe_of, shortened, write_run_file
+from trainworks.checks.configuring import eased, recipe_of, said_eased, shortened, write_run_file
 from trainworks.checks.measuring import Difference, Measured, compare
 from trainworks.checks.processes import Started, check_ranks, stage
 from trainworks.errors import CheckError
@@ -70,6 +70,7 @@ def selfcheck(config: RunConfig[Any], *, steps: int = 3, ranks: int = 1) -> Iter
             differences.append(compare(expected, found))
     rows = {variant.name: difference for variant, difference in zip(tried, differences, strict=True)}
     yield from _table(rows, bounds, expected.precision)
+    yield from said_eased(config)
     parted = [name for name, difference in rows.items() if not difference.within(bounds)]
     if parted:
         raise CheckError(f"the loss depends on how it is computed: {', '.join(parted)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainworks.checkpoint import checkpoints
 from trainworks.checks.comparing import compare_curves, compare_tensors, largest_difference, tensor_files
-from trainworks.checks.configuring import eased, recipe_of, shortened, write_run_file
+from trainworks.checks.configuring import eased, recipe_of, said_eased, shortened, write_run_file
 from trainworks.checks.measuring import drops_out
 from trainworks.checks.processes import Started, check_ranks, on_gpu, stage
 from trainworks.errors import CheckError
@@ -38,6 +38,7 @@ def verify_resume(config: RunConfig[Any], *, steps: int = 8, ranks: int = 1) -> 
         folder = Path(name)
         short = shortened(config, folder / "run", steps=2 * steps, save=steps)
         if ranks > 1:
+            yield from said_eased(config)
             short = eased(short)
         check = _Check(recipe_of(config), write_run_file(short, folder / "run.yaml"), folder, steps)
         check.train()
