@@ -14,7 +14,16 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Mode", "run_ranks"]
+__all__ = [
+    "ENVIRONMENT",
+    "LAUNCHER_VARIABLES",
+    "RANK_VARIABLES",
+    "Mode",
+    "free_port",
+    "let_fsdp_run_on_cpu",
+    "load",
+    "run_ranks",
+]
 
 Mode = Literal["ddp", "fsdp2"]
 
@@ -55,7 +64,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
-        port = _free_port()
+        port = free_port()
         processes = []
         try:
             for rank in range(ranks):
@@ -80,7 +89,7 @@ def _environment(rank: int, *, ranks: int, mode: Mode, precision: str, port: int
     return inherited | common | ENVIRONMENT[mode] | dict(zip(RANK_VARIABLES, map(str, values), strict=True))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -119,7 +128,7 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _load(target: str) -> Any:
+def load(target: str) -> Any:
     path, _, function = target.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec, f"no Python file: {path}"
@@ -130,7 +139,7 @@ def _load(target: str) -> Any:
     return getattr(module, function)
 
 
-def _let_fsdp_run_on_cpu() -> None:
+def let_fsdp_run_on_cpu() -> None:
     # accelerate 1.15 knows FSDP on accelerators only; delete this when it takes the CPU as a device of FSDP2.
     from accelerate.state import DistributedType, PartialState
 
@@ -160,9 +169,9 @@ def _main(target: str, arguments: str, result: str) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     wants_fsdp = "ACCELERATE_USE_FSDP" in os.environ
     if wants_fsdp:
-        _let_fsdp_run_on_cpu()
+        let_fsdp_run_on_cpu()
     worlds = _record_worlds()
-    value = _load(target)(**json.loads(Path(arguments).read_text(encoding="utf-8")))
+    value = load(target)(**json.loads(Path(arguments).read_text(encoding="utf-8")))
     assert worlds == ([] if ranks == 1 else [ranks]), f"wanted one world of {ranks}, joined worlds of {worlds}"
     assert AcceleratorState().is_fsdp2 == wants_fsdp, f"ran as {AcceleratorState().distributed_type}"
     Path(result).write_text(json.dumps(value), encoding="utf-8")

@@ -233,8 +233,12 @@ def _told(error: BaseException) -> str:
 
 def _write(folder: Path, outcome: Outcome) -> None:
     """Write `outcome.json` from the main process."""
-    if _is_main():
+    if not _is_main():
+        return
+    try:
         write_outcome(folder, outcome)
+    except (OSError, ToolkitError) as error:  # a full disk, or a record that cannot be read
+        say(f"how the run ended could not be written down: {error}")
 
 
 def guarded(action: Callable[[], int]) -> int:

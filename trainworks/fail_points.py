@@ -1,4 +1,4 @@
-"""Places where a test can make a process fail: between any two acts of saving.
+"""Places where a test can make a process fail: between any two acts of writing what a run keeps.
 
 `TRAINWORKS_FAIL_AT=save.renamed` kills the process there as a power cut would, `save.renamed:2` the second time it gets
 there, `save.renamed@1` rank 1 alone; `save.part=full` has the disk be full there instead. Nothing else reads it.
@@ -15,18 +15,25 @@ from collections import Counter
 __all__ = ["FAIL_POINTS", "reached"]
 
 FAIL_POINTS = (
+    "file.staged",
+    "metrics.written",
+    "save.sweeping",
     "save.begun",
     "save.staged",
     "save.part",
     "save.rank",
     "save.state",
     "save.manifest",
+    "save.marked",
     "save.renamed",
-    "save.best",
+    "save.unmarking",
     "save.pruning",
     "save.pruned",
 )
-"""In the order a save gets there; `save.part` once for each file of tensors, `save.pruning` for each old checkpoint."""
+"""`file.staged` is reached for every small file of JSON, before it takes its place; `metrics.written` for every line of
+the log; the rest in the order a save gets there: `save.sweeping` for each thing that a crash had left, `save.part` for
+each file of tensors, `save.marked` and `save.unmarking` where the checkpoint is the best so far, `save.pruning` for
+each old one."""
 
 _ASKED = re.compile(r"(?P<name>[\w.]+)(:(?P<time>\d+))?(@(?P<rank>\d+))?(=(?P<how>kill|full))?")
 _times: Counter[str] = Counter()

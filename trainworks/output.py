@@ -98,10 +98,10 @@ def _ended_well(folder: Path) -> bool:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Write `outcome.json`; the record of a run that was on its way and is not says so too. One process."""
+    """Write `outcome.json`, and then in the record of a run that was on its way that it is not. One process."""
+    write_json(folder / "outcome.json", outcome.model_dump())
     if outcome.code != EXIT_OK and (folder / "run.json").exists():
         record = read_record(folder)
         if record.status == "running":
             status = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}.get(outcome.code, "failed")
             record.model_copy(update={"status": status}).write(folder)
-    write_json(folder / "outcome.json", outcome.model_dump())

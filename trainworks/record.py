@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainworks.errors import CheckpointError
+from trainworks.fail_points import reached
 from trainworks.redaction import redacted
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "read_outcome",
     "read_record",
     "replace_file",
+    "sync",
     "write_json",
 ]
 
@@ -354,11 +356,26 @@ def replace_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     staged.unlink(missing_ok=True)
-    with staged.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
+    try:
+        with staged.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        reached("file.staged")
+        os.replace(staged, path)
+    except OSError:  # a full disk: what was written of it would only take room
+        staged.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """See to it that a file, or a folder's list of files, is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:
@@ -380,7 +397,9 @@ def read_record(folder: str | Path) -> RunRecord:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not there, so {folder} is not the folder of a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a run record: {error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a run record: {error}; put back a copy of it, or name another output folder"
+        ) from error
 
 
 def read_outcome(folder: str | Path) -> Outcome:

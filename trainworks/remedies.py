@@ -59,7 +59,8 @@ def _put_back(run: Run, log: Log, saver: Saver) -> None:
     saver.finish()
     run.watch.left_out |= {bad.step for bad in run.record.bad_steps}
     here, checkpoint = run.progress.step, restore(run)
-    assert checkpoint is not None, "a run that may be put back is saved before its first step"
+    if checkpoint is None:
+        raise TrainingError(f"step {here} is bad, and there is no whole checkpoint to go back to. {_MEND}")
     step = run.progress.step
     run.note(
         curve=tuple(point for point in run.record.curve if point.step <= step),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainworks.checkpoint import restore
 from trainworks.errors import ConfigError
 from trainworks.evaluation import read_statistics
-from trainworks.record import RunRecord, read_record
+from trainworks.record import CurvePoint, RunRecord, read_record
 from trainworks.run import Run
 from trainworks.tracking import read_curve
 
@@ -27,7 +27,7 @@ def resume(run: Run) -> Run:
     run.note(
         started=old.started,
         reports=tuple(report for report in old.reports if report.step <= step and (step > 0 or report.is_baseline)),
-        curve=read_curve(run.folder, until=step),
+        curve=_curve(run, old, step),
         cost=old.cost,
         resumed_at=(*old.resumed_at, step) if checkpoint else old.resumed_at,
         notes=(
@@ -38,6 +38,12 @@ def resume(run: Run) -> Run:
     )
     read_statistics(run)
     return run
+
+
+def _curve(run: Run, old: RunRecord, step: int) -> tuple[CurvePoint, ...]:
+    """Return the curve up to a step: the log's lines, and for those that cannot be read the record's."""
+    points = {point.step: point for point in (*old.curve, *read_curve(run.folder, until=step)) if point.step <= step}
+    return tuple(points[number] for number in sorted(points))
 
 
 def _check_same(run: Run, old: RunRecord) -> None:

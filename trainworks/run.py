@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from trainworks.bad_steps import Watch
 from trainworks.data.loading import Batch, Samples, Window, evaluation_batches, windows
 from trainworks.data.order import Plan
 from trainworks.data.packing import Packs
+from trainworks.errors import CheckpointError
+from trainworks.full_disk import is_full, room
 from trainworks.record import EvalReport, RunRecord
 from trainworks.tasks import Processor, Task
 
@@ -66,6 +69,8 @@ class Progress:
     seconds: float = 0.0
     """Seconds spent in training steps, over all the run's processes in turn."""
 
+
+_GAPS = "The disk was full at times: lines of metrics.jsonl, or files of evaluations, may be missing."
 
 Statistics = dict[str, tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]]
 """By metric: example numbers [n] and sufficient statistics [n, k]."""
@@ -168,7 +173,27 @@ class Run:
     def save_record(self) -> None:
         """Write `run.json`; only the main process does."""
         if self.world.is_main:
-            self.record.write(self.folder)
+            with self.writing():
+                self.record.write(self.folder)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write inside what the run keeps of itself; main process only. CheckpointError where that cannot be done.
+
+        A full disk is passed over with a note where the run is to go on all the same (`faults.full_disk`), but not when
+        the record is to say how it ended.
+        """
+        try:
+            yield
+        except OSError as error:
+            if not is_full(error):
+                raise CheckpointError(f"{self.folder} cannot be written to: {error}") from error
+            if self.config.faults.full_disk == "stop" or self.record.status != "running":
+                raise CheckpointError(
+                    f"the disk is full: {self.folder} has {room(self.folder)} free ({error})"
+                ) from error
+            if _GAPS not in self.record.notes:
+                self.note(notes=(*self.record.notes, _GAPS))
 
     def _repr_html_(self) -> str:
         from html import escape

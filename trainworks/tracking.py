@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from trainworks.errors import LaunchError
+from trainworks.fail_points import reached
 from trainworks.record import CurvePoint, EvalReport
 from trainworks.redaction import redacted
 
@@ -103,7 +104,8 @@ class Log:
         if self.run.config.trackers:
             self.run.world.accelerator.log(values, step=step)
         if self.run.world.is_main:
-            _append_line(self.path, {"kind": type(fact).__name__} | json.loads(fact.model_dump_json()))
+            with self.run.writing():
+                _append_line(self.path, {"kind": type(fact).__name__} | json.loads(fact.model_dump_json()))
 
 
 def _point(run: Run, step: TrainStep) -> CurvePoint:
@@ -144,6 +146,7 @@ def _append_line(path: Path, value: dict[str, Any]) -> None:
                 file.write(b"\n")
         file.write(json.dumps(redacted(value)).encode() + b"\n")
         file.flush()
+        reached("metrics.written")
         os.fsync(file.fileno())
 
 

@@ -128,10 +128,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(stopped: 
     }[damage]()
     run = prepared(stopped, "sft", stopped / "parts")
     assert run.progress.step == 2
-    # Without a manifest it never was a checkpoint; anything else is kept for a look, and named in the record.
-    if not (name == "manifest.json" and damage == "delete"):
-        assert (stopped / "parts" / "checkpoints" / "damaged-step-00000004").is_dir()
-        assert "step-00000004 was damaged" in run.record.notes[0]
+    assert (stopped / "parts" / "checkpoints" / "damaged-step-00000004").is_dir()
+    assert "step-00000004 was damaged" in run.record.notes[0]
 
 
 def test_a_changed_configuration_is_refused_with_its_keys(stopped: Path) -> None:

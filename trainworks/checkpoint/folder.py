@@ -14,16 +14,17 @@ from typing import Any
 
 from trainworks.errors import CheckpointError
 from trainworks.fail_points import reached
-from trainworks.record import file_sha256, write_json
+from trainworks.record import file_sha256, sync, write_json
 
 __all__ = [
     "MARKS",
     "Checkpoint",
+    "check_format",
     "checkpoints",
     "mark_best",
     "prune",
     "set_aside",
-    "sync",
+    "sweep",
     "verify",
     "write_manifest",
 ]
@@ -49,7 +50,7 @@ class Checkpoint:
 
     @property
     def is_best(self) -> bool:
-        """Whether it was the best when it was written."""
+        """Whether it is the best so far; after a crash older ones may say so too, until the next save."""
         return (self.path / "best").exists()
 
     @property
@@ -78,11 +79,11 @@ class Checkpoint:
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:
-    """Return a run folder's complete checkpoints, newest first."""
+    """Return a run folder's checkpoints, newest first; `verify` tells which are whole."""
     found = [
         Checkpoint(path)
         for path in (folder / "checkpoints").glob("step-*")
-        if _NAME.fullmatch(path.name) and not path.is_symlink() and (path / "manifest.json").exists()
+        if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
@@ -99,6 +100,7 @@ def verify(checkpoint: Checkpoint, *, share: tuple[int, int] = (0, 1)) -> None:
 
     With `share` (number, of) only that part of the contents is read, so that ranks can divide the work.
     """
+    check_format(checkpoint)
     files = _read_manifest(checkpoint)["files"]
     there = {path.name for path in checkpoint.path.iterdir()} - {"manifest.json", *MARKS}
     if foreign := there - files.keys():
@@ -115,6 +117,19 @@ def verify(checkpoint: Checkpoint, *, share: tuple[int, int] = (0, 1)) -> None:
         raise CheckpointError(f"{checkpoint.path}: its state is of another step")
 
 
+def check_format(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that another version wrote. Where the manifest is damaged, `verify` says so."""
+    try:
+        found = _read_manifest(checkpoint)["format"]
+    except CheckpointError:
+        return
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint.path}: is of checkpoint format {found}, and this version reads {FORMAT}; go on with the "
+            "version that wrote it, or name another output folder"
+        )
+
+
 def _read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     path, value = checkpoint.path / "manifest.json", checkpoint.read("manifest.json")
     try:
@@ -125,8 +140,6 @@ def _read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not intact or not plain:
         raise CheckpointError(f"{path}: its contents do not match its own checksum")
-    if value["format"] != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {value['format']}, this version reads {FORMAT}")
     return value
 
 
@@ -134,23 +147,32 @@ def _body_digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def mark_best(checkpoint: Checkpoint, folder: Path) -> None:
-    """Put the mark of the best on a checkpoint of a run folder, and then take it off all others."""
-    (checkpoint.path / "best").touch()
-    sync(checkpoint.path)
-    reached("save.best")
-    for other in checkpoints(folder):
-        if other.is_best and other != checkpoint:
-            (other.path / "best").unlink()
+def mark_best(path: Path) -> None:
+    """Put the mark of the best on a checkpoint's folder; `prune` then takes it off older ones."""
+    (path / "best").touch()
+    sync(path)
+    reached("save.marked")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a crash left half done in a run folder, while nobody writes there."""
+    inside = folder / "checkpoints"
+    for left in (*inside.glob(".step-*.removed"), *inside.glob(".step-*.staged")):
+        reached("save.sweeping")
+        shutil.rmtree(left)
+    for staged in (*folder.glob(".*.json.*"), *(folder / "evaluations").glob(".*.json.*")):
+        staged.unlink()
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep`, the best, and the pinned, and what a crash left half done."""
-    inside = folder / "checkpoints"
-    for left_by_a_crash in (*inside.glob(".step-*.removed"), *inside.glob(".step-*.staged")):
-        shutil.rmtree(left_by_a_crash)
-    for checkpoint in checkpoints(folder)[keep:]:
-        if not (checkpoint.is_best or checkpoint.is_pinned):
+    """Remove all but the newest `keep`, the best, and the pinned."""
+    there = checkpoints(folder)
+    marked = [checkpoint for checkpoint in there if checkpoint.is_best]
+    for checkpoint in marked[1:]:
+        reached("save.unmarking")
+        (checkpoint.path / "best").unlink()
+    for checkpoint in there[keep:]:
+        if checkpoint not in marked[:1] and not checkpoint.is_pinned:
             # Renamed first: a half-deleted checkpoint must not look like a whole one.
             gone = checkpoint.path.with_name(f".{checkpoint.path.name}.removed")
             os.replace(checkpoint.path, gone)
@@ -163,12 +185,3 @@ def set_aside(checkpoint: Checkpoint) -> None:
     aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint.path, aside)
-
-
-def sync(path: Path) -> None:
-    """See to it that a file, or a folder's list of files, is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

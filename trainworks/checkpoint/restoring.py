@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from trainworks.checkpoint.folder import Checkpoint, checkpoints, set_aside, verify
+from trainworks.checkpoint.folder import Checkpoint, check_format, checkpoints, set_aside, verify
 from trainworks.checkpoint.pieces import Pieces, buffers, named_tensors, trained
 from trainworks.checkpoint.randomness import set_random_states
 from trainworks.errors import CheckpointError
@@ -18,19 +18,20 @@ __all__ = ["restore"]
 def restore(run: Run) -> Checkpoint | None:
     """Bring `run` to the newest checkpoint that is whole, and return it, or None when there is none. All ranks.
 
-    One that is not whole is set aside under a name that says so, and the next older one is tried.
+    One that is not whole is set aside under a name that says so, and the next older one is tried. One that another
+    version wrote is no such case: CheckpointError.
     """
     world = run.world
     for checkpoint in world.gather(checkpoints(run.folder))[0]:  # what the main process sees, should a disk lag behind
+        check_format(checkpoint)
         problem = world.agree(partial(verify, checkpoint, share=(world.rank, world.ranks)))
         if problem is None:
             _load(run, checkpoint)
             return checkpoint
-        if world.is_main:
-            set_aside(checkpoint)
+        if stuck := world.agree(partial(set_aside, checkpoint) if world.is_main else bool):
+            raise CheckpointError(f"{checkpoint.path} is damaged ({problem}) and cannot be set aside: {stuck}")
         note = f"Checkpoint {checkpoint.path.name} was damaged and set aside ({problem.split(': ', 1)[-1]})."
         run.note(notes=(*run.record.notes, note))
-        world.wait()
     return None
 
 

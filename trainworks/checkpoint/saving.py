@@ -7,25 +7,24 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from safetensors import SafetensorError
 
-from trainworks.checkpoint.folder import Checkpoint, checkpoints, mark_best, prune, sync, write_manifest
+from trainworks.checkpoint.folder import Checkpoint, checkpoints, mark_best, prune, sweep, write_manifest
 from trainworks.checkpoint.snapshot import HostCopies, Snapshot, expected_bytes, snapshot
 from trainworks.errors import CheckpointError, ToolkitError
 from trainworks.fail_points import reached
-from trainworks.record import file_sha256, write_json
+from trainworks.full_disk import amount, is_full, room
+from trainworks.record import file_sha256, sync, write_json
 from trainworks.run import Run
 
-__all__ = ["Saver", "check_room", "save"]
+__all__ = ["Saver", "save"]
 
 T = TypeVar("T")
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def save(run: Run, *, best: bool = False) -> Checkpoint:
@@ -64,6 +63,7 @@ class Saver:
         self._writing: Future[_Problem | None] | None = None
 
     def __enter__(self) -> Self:
+        self._alone(lambda: sweep(self.run.folder))
         return self
 
     def __exit__(
@@ -78,22 +78,22 @@ class Saver:
     def check_room(self) -> None:
         """See that the disk has room for all the checkpoints that will be there at once; like a save that finds it
         full. All ranks, before the first step."""
-        config, there = self.run.config, sum(each.size() for each in checkpoints(self.run.folder))
+        config, folder = self.run.config, self.run.folder
         once = (
             1
             if config.every.save == "end"
             else min(config.every.keep, self.run.plan.num_steps // config.every.save) + 1
         )
         once += config.every.evaluate != "end"
-        needed = once * sum(self._gather(expected_bytes(self.run))) - there
+        each = sum(self._gather(expected_bytes(self.run)))
 
         def check() -> None:
-            check_room(self.run.folder, needed, f"output: {once} checkpoints at once, as `every` asks for, take")
+            there = sum(old.size() for old in checkpoints(folder) if not old.is_pinned)
+            _check_room(
+                folder, once * each - there, f"{once} checkpoints of {amount(each)} at once, as `every` asks for"
+            )
 
-        try:
-            self._together(check, main_only=True)
-        except _SaveError as failure:
-            self._settled(failure.problem)
+        self._alone(check)
 
     def save(self, *, best: bool = False) -> str | None:
         """Save the run as it stands, after what was still being written.
@@ -104,9 +104,9 @@ class Saver:
         """
         problem = self.finish()
         taken = snapshot(self.run)
-        if (final := _path(self.run.folder, taken.step)).exists():  # a stop right after a save
-            self._together(lambda: self._tidy(Checkpoint(final), best), main_only=True)
-            return problem
+        final = _path(self.run.folder, taken.step)
+        if self._gather(final.exists())[0]:  # a stop right after a save; as the main process sees it
+            return self._alone(lambda: self._finish_old(final, best)) or problem
         if self._copies is None:
             return self._settled(self._write(taken, best)) or problem
         self._writing = self._threads.submit(self._write, self._copies.of(taken), best)
@@ -127,7 +127,7 @@ class Saver:
     def _settled(self, problem: _Problem | None) -> str | None:
         if problem is None:
             return None
-        text = f"a checkpoint could not be saved: {problem.text}. Earlier checkpoints are as they were"
+        text = f"saving failed: {problem.text}. Earlier checkpoints are as they were"
         if not (problem.disk_is_full and self.run.config.faults.full_disk == "go_on"):
             raise CheckpointError(text)
         self.run.note(notes=(*self.run.record.notes, text))
@@ -144,19 +144,30 @@ class Saver:
             digests: dict[str, str] = {}
             self._together(lambda: digests.update(taken.write(staged)))
             everyones = {name: value for part in self._gather(digests) for name, value in part.items()}
-            self._together(lambda: _publish(staged, final, taken.state, everyones), main_only=True)
-            self._together(lambda: self._tidy(Checkpoint(final), best), main_only=True)
+            self._together(lambda: _publish(staged, final, taken.state, everyones, best=best), main_only=True)
+            self._together(self._prune, main_only=True)
         except _SaveError as failure:
             if self.run.world.is_main:
                 shutil.rmtree(staged, ignore_errors=True)
-            return failure.problem
+            return _with_numbers(failure.problem, self.run.folder, needed)
         return None
 
-    def _tidy(self, saved: Checkpoint, best: bool) -> None:
+    def _finish_old(self, final: Path, best: bool) -> None:
         if best:
-            mark_best(saved, self.run.folder)
+            mark_best(final)
+        self._prune()
+
+    def _prune(self) -> None:
         prune(self.run.folder, keep=self.run.config.every.keep)
         reached("save.pruned")
+
+    def _alone(self, act: Callable[[], object]) -> str | None:
+        """Let the main process act; like `save`. All ranks."""
+        try:
+            self._together(act, main_only=True)
+        except _SaveError as failure:
+            return self._settled(failure.problem)
+        return None
 
     def _gather(self, value: T) -> list[T]:
         return self.run.world.gather(value, self.run.world.beside)
@@ -168,15 +179,9 @@ class Saver:
             if self.run.world.is_main or not main_only:
                 act()
         except (ToolkitError, OSError, SafetensorError) as error:
-            problem = _Problem(str(error), _is_full(error))
+            problem = _Problem(str(error), is_full(error))
         if first := next((found for found in self._gather(problem) if found is not None), None):
             raise _SaveError(first)
-
-
-def _is_full(error: Exception) -> bool:
-    # safetensors 0.8 wraps the system's error and keeps its number in the text alone.
-    number = error.errno if isinstance(error, OSError) else None
-    return number in _FULL or any(f"os error {code}" in str(error) for code in _FULL)
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -187,25 +192,34 @@ def _stage(staged: Path, needed: int) -> None:
     reached("save.begun")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    check_room(staged, needed, "it takes")
+    if needed > shutil.disk_usage(staged).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staged))
     reached("save.staged")
 
 
-def _publish(staged: Path, final: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
+def _publish(staged: Path, final: Path, state: dict[str, Any], digests: dict[str, str], *, best: bool) -> None:
     write_json(staged / "state.json", state)
     reached("save.state")
     write_manifest(staged, digests | {"state.json": file_sha256(staged / "state.json")})
-    sync(staged)
     reached("save.manifest")
+    if best:  # before it has its name: a crash in between would leave the best one unknown
+        mark_best(staged)
+    sync(staged)
     os.replace(staged, final)
     sync(final.parent)
+    sync(final.parent.parent)
     reached("save.renamed")
 
 
-def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raise the error of a full disk when fewer than `needed` bytes are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC, f"{what} {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free", str(folder)
-        )
+def _check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise the error of a full disk, with its numbers, when fewer than `needed` bytes are free where `folder` lies."""
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, f"{folder} has {room(folder)} free, and {what} take {amount(needed)} more")
+
+
+def _with_numbers(problem: _Problem, folder: Path, needed: int) -> _Problem:
+    if not problem.disk_is_full:
+        return problem
+    return replace(
+        problem, text=f"{folder} has {room(folder)} free, and the checkpoint takes {amount(needed)} ({problem.text})"
+    )

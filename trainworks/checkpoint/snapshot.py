@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainworks.checkpoint.folder import sync
 from trainworks.checkpoint.pieces import Piece, named_tensors, owned, trained
 from trainworks.checkpoint.randomness import random_states
 from trainworks.fail_points import reached
 from trainworks.optim import num_moments
-from trainworks.record import file_sha256, write_json
+from trainworks.record import file_sha256, sync, write_json
 from trainworks.run import Run
 
 __all__ = ["HostCopies", "Snapshot", "expected_bytes", "snapshot"]

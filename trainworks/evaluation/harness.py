@@ -108,7 +108,7 @@ def compare_with_baselines(run: Run) -> tuple[Comparison, ...]:
     return tuple(
         Comparison(metric=key, baseline=report.name, difference=compare(metrics[key], candidate[key][1], values))
         for report in run.record.reports
-        if report.is_baseline
+        if report.is_baseline and report.name in run.statistics
         for key, (_, values) in run.statistics[report.name].items()
     )
 
@@ -212,7 +212,8 @@ def _keep(run: Run, report: EvalReport, statistics: Statistics) -> None:
             key: {"examples": numbers.tolist(), "statistics": values.tolist()}
             for key, (numbers, values) in statistics.items()
         }
-        write_json(_kept(run, report), value)
+        with run.writing():
+            write_json(_kept(run, report), value)
 
 
 def _kept(run: Run, report: EvalReport) -> Path:
@@ -224,10 +225,16 @@ def _kept(run: Run, report: EvalReport) -> Path:
 
 
 def read_statistics(run: Run) -> None:
-    """Read back what `evaluate` kept of the reports in the record; for a resumed run. CheckpointError where it cannot
-    be read. All ranks."""
+    """Read back what `evaluate` kept of the reports in the record; for a resumed run. All ranks.
+
+    What is missing is not compared with, which a note says; CheckpointError for what is there and cannot be read.
+    """
     for report in run.record.reports:
         path = _kept(run, report)
+        if not path.exists():
+            note = f"{path.name} of evaluations was lost, so nothing is compared with {report.name}."
+            run.note(notes=(*(old for old in run.record.notes if old != note), note))
+            continue
         try:
             value = json.loads(path.read_bytes())
             run.statistics[report.name] = {
@@ -235,7 +242,9 @@ def read_statistics(run: Run) -> None:
                 for key, part in value.items()
             }
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}; name another output folder") from error
+            raise CheckpointError(
+                f"{path}: cannot be read: {error}; remove it to go on without comparisons with it"
+            ) from error
 
 
 def _table(rows: list[list[Any]]) -> np.ndarray[Any, Any]:
