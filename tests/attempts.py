@@ -15,7 +15,7 @@ from forking import Forked, Nursery
 from ranks import file_digest
 
 import finetune
-from trainworks import Every, Faults, Run, Speed, export, read_record
+from trainworks import Every, Faults, Optim, Run, Speed, export, read_record
 from trainworks.checkpoint import checkpoints, verify
 from trainworks.training import fit
 
@@ -82,7 +82,12 @@ class Place:
 
 def settings(output: Path, **changes: Any) -> finetune.Config:
     """Return a run that saves and evaluates often."""
-    often = {"every": Every(log=1, save=INTERVAL, evaluate=4, keep=KEEP), "epochs": STEPS / 6, "micro": 4}
+    often = {
+        "every": Every(log=1, save=INTERVAL, evaluate=4, keep=KEEP),
+        "epochs": STEPS / 6,
+        "micro": 4,
+        "optim": Optim(lr=2e-4, schedule="constant", warmup=0),  # slow, so that many a checkpoint is the best so far
+    }
     rows, model = output.parent / "rows.jsonl", output.parent / "model"
     return tiny.config("sequence-classification", model, rows, output, **(often | changes))
 

@@ -41,8 +41,9 @@ def resume(run: Run) -> Run:
 
 
 def _curve(run: Run, old: RunRecord, step: int) -> tuple[CurvePoint, ...]:
-    """Return the curve up to a step: the log's lines, and for those that cannot be read the record's."""
-    points = {point.step: point for point in (*old.curve, *read_curve(run.folder, until=step)) if point.step <= step}
+    """Return the curve up to a step: the record's, which is written before every checkpoint, and from the log what a
+    full disk kept from the record."""
+    points = {point.step: point for point in (*read_curve(run.folder, until=step), *old.curve) if point.step <= step}
     return tuple(points[number] for number in sorted(points))
 
 

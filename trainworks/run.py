@@ -180,15 +180,16 @@ class Run:
     def writing(self) -> Iterator[None]:
         """Write inside what the run keeps of itself; main process only. CheckpointError where that cannot be done.
 
-        A full disk is passed over with a note where the run is to go on all the same (`faults.full_disk`), but not when
-        the record is to say how it ended.
+        A full disk is passed over with a note where the run is to go on all the same (`faults.full_disk`), but not
+        before the record is there, nor when it is to say how the run ended.
         """
         try:
             yield
         except OSError as error:
             if not is_full(error):
                 raise CheckpointError(f"{self.folder} cannot be written to: {error}") from error
-            if self.config.faults.full_disk == "stop" or self.record.status != "running":
+            last = self.record.status != "running" or not (self.folder / "run.json").exists()
+            if last or self.config.faults.full_disk == "stop":
                 raise CheckpointError(
                     f"the disk is full: {self.folder} has {room(self.folder)} free ({error})"
                 ) from error
