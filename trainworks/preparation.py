@@ -12,6 +12,7 @@ import torch
 from trainworks import models, tuning
 from trainworks.bad_steps import Watch
 from trainworks.config import resolved
+from trainworks.data.cache import digest
 from trainworks.data.loading import Samples
 from trainworks.data.order import mix
 from trainworks.environment import command, environment
@@ -20,7 +21,7 @@ from trainworks.optim import build_optimizer
 from trainworks.output import check_folder
 from trainworks.parallel.launch import World, start
 from trainworks.record import ModelFacts, RunRecord
-from trainworks.run import Run, Step
+from trainworks.run import Progress, Run, Step
 from trainworks.samples import PreparedData, plan
 from trainworks.schema import Batch, RunConfig
 from trainworks.speed.compiling import can_compile, compile_layers
@@ -117,6 +118,7 @@ def assemble(
         plan=order,
         micro=micro,
         record=record,
+        progress=Progress(order=digest(data.facts.fingerprint, data.facts.processor, order.identity)),
     )
     world.follow(lambda: run.progress.step)
     return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,6 +68,10 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     """Seconds spent in training steps, over all the run's processes in turn."""
+    order: str = ""
+    """A digest of what decides the order of the samples."""
+    origin: int = 0
+    """Samples that were taken before that order began: in another one, of other data."""
 
 
 _GAPS = "The disk was full at times: lines of metrics.jsonl, or files of evaluations, may be missing."
@@ -127,6 +131,19 @@ class Run:
     def folder(self) -> Path:
         """The run's output folder."""
         return Path(self.config.output)
+
+    def stand_at(self, progress: Progress) -> None:
+        """Go on from where a checkpoint stands: in the order that it was trained in, or where that is another one, at
+        the beginning of the run's own."""
+        if progress.order != self.progress.order:
+            progress = replace(progress, order=self.progress.order, origin=progress.samples)
+        self.progress = progress
+        self.plan = self.plan.going_on(
+            step=progress.step,
+            position=progress.samples,
+            origin=progress.origin,
+            steps=self.config.budget.steps,
+        )
 
     def windows(self) -> Iterator[Window]:
         """Yield the optimizer steps still to do, each as this rank's micro-batches on its device."""

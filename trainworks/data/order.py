@@ -8,11 +8,13 @@ uninterrupted one would have seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trainworks.errors import ConfigError
 
 __all__ = ["Key", "Plan", "deal", "mix", "permuted"]
 
@@ -78,25 +80,55 @@ class Plan:
     """Samples per optimizer step, over all processes."""
     total: int
     """Samples in the whole run."""
+    first_step: int = 0
+    """The step it holds from; those before may have been taken by another plan."""
+    first_position: int = 0
+    """Samples that were taken before that step."""
+    origin: int = 0
+    """The position at which its order begins: there the run went on with other data."""
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps in the whole run."""
-        return -(-self.total // self.per_step)
+        return self.first_step - (self.first_position - self.total) // self.per_step
+
+    @property
+    def identity(self) -> str:
+        """What decides the order besides the rows: plans that have it in common take the same sample from each
+        position."""
+        return f"seed {self.seed}, {self.num_samples} samples"
+
+    def position(self, number: int) -> int:
+        """Return how many samples are taken before step `number`."""
+        return self.first_position + (number - self.first_step) * self.per_step
 
     def size(self, number: int) -> int:
         """Samples in step `number`: `per_step`, or what is left for the last."""
-        return min(self.per_step, self.total - number * self.per_step)
+        return min(self.per_step, self.total - self.position(number))
 
     def step(self, number: int) -> tuple[Integers, Integers]:
         """Return (samples, epochs), each [samples of step `number`]; steps count from 0."""
-        positions = number * self.per_step + np.arange(self.size(number), dtype=np.int64)
-        epochs = positions // self.num_samples
+        positions = self.position(number) - self.origin + np.arange(self.size(number), dtype=np.int64)
+        epochs = positions // self.num_samples + self.origin  # no pass is like one from before the origin
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
             inside = epochs == epoch
             samples[inside] = permuted(positions[inside] % self.num_samples, self.num_samples, self.seed, int(epoch))
         return samples, epochs
+
+    def going_on(self, *, step: int, position: int, origin: int = 0, steps: int | None = None) -> Self:
+        """Return the plan of a run that has taken `step` steps over `position` samples, however many each took.
+
+        It ends with the same total, or with step `steps` where the budget was given in steps. ConfigError when that is
+        past already.
+        """
+        total = self.total if steps is None else position + (steps - step) * self.per_step
+        if total < position:
+            raise ConfigError(
+                f"budget: it is used up: the run stands at step {step:,}, after {position:,} samples; give it more, or "
+                "name another output"
+            )
+        return replace(self, total=total, first_step=step, first_position=position, origin=origin)
 
 
 def deal(keys: Sequence[Key], *, ranks: int, rank: int, micro: int) -> list[list[Key]]:
