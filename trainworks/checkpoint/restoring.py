@@ -40,7 +40,7 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     pieces = Pieces(checkpoint)
     if unknown := pieces.names("model.") - named_tensors(run).keys():
         raise CheckpointError(f"{checkpoint.path}: the model has no {min(unknown)}: the checkpoint is of another model")
-    run.progress = Progress(**state["progress"])
+    run.stand_at(Progress(**state["progress"]))
     run.watch.load(state["watch"])
     with torch.no_grad():
         for name, parameter in trained(run).items():
