@@ -71,7 +71,7 @@ def save_rows(path: Path, task: str, number: int) -> Path:
 def config(
     task: str,
     model: Path,
-    data: Path | Mixture,
+    data: Path | Data | Mixture,
     output: Path,
     *,
     tuning: str = "full",
@@ -85,7 +85,7 @@ def config(
         "task": TASKS[task](**OPTIONS[task]),
         "model": Pretrained(str(model)),
         "tuning": {"full": Full(), "lora": LoRA(rank=4, dropout=0.0)}[tuning],
-        "data": data if isinstance(data, Mixture) else Data(source=str(data), holdout=0.2),
+        "data": data if isinstance(data, Data | Mixture) else Data(source=str(data), holdout=0.2),
         "batch": Batch(per_step=8, micro=micro),
         "budget": Budget(epochs=epochs),
         # Adam magnifies rounding where a gradient is nearly nothing (a key's bias); a larger eps keeps it out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from trainworks.record import Outcome, read_outcome, read_record, write_json
 from trainworks.redaction import redacted
 from trainworks.schema import RunConfig
 
-__all__ = ["check_folder", "is_complete", "write_outcome"]
+__all__ = ["accepted_changes", "accepts", "check_folder", "is_complete", "write_outcome"]
 
 Config = RunConfig[Any]
 
 _CHANGEABLE = (
     "about",
+    "accept",
     "every",
     "faults",
     "trackers",
@@ -31,8 +33,21 @@ _CHANGEABLE = (
     "data.sources.*.clean.workers",
     "data.sources.*.clean.executor",
     "batch.micro",
+    "speed.background_saving",
 )
 """Keys that may differ when a run is continued: they do not touch what is learned."""
+
+_FIXED = {
+    "seed": "it decides which rows are held out, and the order of the others",
+    "task": "it decides what a sample is",
+    "batch.pack": "it decides what a sample is",
+    "tuning.type": "the checkpoint holds other weights",
+    "tuning.rank": "the checkpoint holds other weights",
+    "tuning.targets": "the checkpoint holds other weights",
+    "tuning.options": "the checkpoint holds other weights",
+    "optim.name": "the checkpoint holds the moments of the other",
+}
+"""Keys that may not differ even where that is accepted, and why: what was done so far would mean nothing."""
 
 
 def check_folder(config: Config) -> None:
@@ -44,17 +59,39 @@ def check_folder(config: Config) -> None:
         if folder.exists() and _foreign(folder):
             raise ConfigError(f"output: {folder} holds files that are not a run's; name another folder")
         return
-    old = read_record(folder).config
-    changed = [line for line in differences(old, redacted(resolved(config))) if not _may_change(line.split(":")[0])]
-    if changed:
+    accepted_changes(config, read_record(folder).config)
+
+
+def accepted_changes(config: Config, old: Mapping[str, Any]) -> list[str]:
+    """Return what `config` accepts to be other than it was, as `optim.lr: 0.1 -> 0.2`; ConfigError lists what it does
+    not."""
+    changed = [line for line in differences(old, redacted(resolved(config))) if not _may_change(_key(line))]
+    fixed = {line: why for line in changed for key, why in _FIXED.items() if _matches(_key(line), (key,))}
+    refused = [line for line in changed if not accepts(config, _key(line)) or line in fixed]
+    if refused:
         raise ConfigError(
-            f"output: {folder} holds another run; name another folder, or restore these keys to continue it:\n  "
-            + "\n  ".join(changed)
+            f"output: {config.output} holds another run; name another folder, restore these keys to continue it, or "
+            "say in `accept` which may differ:\n  "
+            + "\n  ".join(line + (f" (cannot be accepted: {fixed[line]})" if line in fixed else "") for line in refused)
         )
+    return changed
+
+
+def accepts(config: Config, key: str) -> bool:
+    """Tell whether the configuration accepts that a key, or a section that holds it, is other than it was."""
+    return _matches(key, config.accept)
 
 
 def _may_change(key: str) -> bool:
-    return any(fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*") for pattern in _CHANGEABLE)
+    return _matches(key, _CHANGEABLE)
+
+
+def _key(line: str) -> str:
+    return line.partition(":")[0]
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*") for pattern in patterns)
 
 
 def _check_place(folder: Path) -> None:
@@ -84,10 +121,14 @@ def _foreign(folder: Path) -> bool:
 
 
 def is_complete(config: Config) -> bool:
-    """Tell whether the folder holds this run, trained and exported; ConfigError when it holds anything else."""
+    """Tell whether the folder holds this run, trained and exported, with no change that is accepted; ConfigError when
+    it holds anything else."""
     check_folder(config)
     folder = Path(config.output)
-    return (folder / "run.json").exists() and read_record(folder).status == "complete" and _ended_well(folder)
+    if not (folder / "run.json").exists():
+        return False
+    record = read_record(folder)
+    return record.status == "complete" and not accepted_changes(config, record.config) and _ended_well(folder)
 
 
 def _ended_well(folder: Path) -> bool:

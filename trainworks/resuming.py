@@ -5,7 +5,8 @@ from __future__ import annotations
 from trainworks.checkpoint import restore
 from trainworks.errors import ConfigError
 from trainworks.evaluation import read_statistics
-from trainworks.record import CurvePoint, RunRecord, read_record
+from trainworks.output import accepted_changes, accepts
+from trainworks.record import CurvePoint, EvalReport, RunRecord, read_record
 from trainworks.run import Run
 from trainworks.tracking import read_curve
 
@@ -14,11 +15,15 @@ __all__ = ["resume"]
 
 def resume(run: Run) -> Run:
     """Bring a freshly assembled run to where its folder's last checkpoint stood; a new run is returned as it is. All
-    ranks."""
+    ranks.
+
+    ConfigError when rows, tokens or weights are other than they were and `accept` does not say so, or when the budget
+    is used up.
+    """
     if not run.world.gather((run.folder / "run.json").exists())[0]:  # as the main process, which writes it, sees it
         return run
     old = read_record(run.folder)
-    _check_same(run, old)
+    changes = accepted_changes(run.config, old.config) + _other_contents(run, old)
     checkpoint = restore(run)
     step = run.progress.step
     if checkpoint and run.config.batch.micro == "auto" and old.environment.world_size == run.world.ranks:
@@ -26,13 +31,15 @@ def resume(run: Run) -> Run:
         run.micro = checkpoint.state()["micro"]
     run.note(
         started=old.started,
-        reports=tuple(report for report in old.reports if report.step <= step and (step > 0 or report.is_baseline)),
+        steps_total=run.plan.num_steps,
+        reports=_reports(run, old),
         curve=_curve(run, old, step),
         cost=old.cost,
         resumed_at=(*old.resumed_at, step) if checkpoint else old.resumed_at,
         notes=(
             *old.notes,
             *(note for note in run.record.notes if note not in old.notes),
+            *(f"Changed at step {step}: {change}." for change in changes),
             *_moved(old.environment.world_size, run),
         ),
     )
@@ -47,16 +54,37 @@ def _curve(run: Run, old: RunRecord, step: int) -> tuple[CurvePoint, ...]:
     return tuple(points[number] for number in sorted(points))
 
 
-def _check_same(run: Run, old: RunRecord) -> None:
-    """Refuse rows, tokens or weights that are not what the run began with, though their names are the same."""
-    now, kind = run.record, "other {} than {} has now (their fingerprints differ)"
+def _other_contents(run: Run, old: RunRecord) -> list[str]:
+    """Return what is other under the same names and accepted; ConfigError for what is not."""
+    now = run.record
     compared = {
-        kind.format("rows", "data.source"): (old.data.fingerprint, now.data.fingerprint),
-        kind.format("tokens", "the processor"): (old.data.processor, now.data.processor),
-        kind.format("weights", "model"): (old.model.fingerprint, now.model.fingerprint),
+        ("data", "rows", "data.source"): (old.data.fingerprint, now.data.fingerprint),
+        ("model", "tokens", "the processor"): (old.data.processor, now.data.processor),
+        ("model", "weights", "model"): (old.model.fingerprint, now.model.fingerprint),
     }
-    if changed := [what for what, (before, here) in compared.items() if before != here]:
-        raise ConfigError(f"output: {run.folder} holds a run on {'; on '.join(changed)}; name another folder")
+    changed = {what: pair for what, pair in compared.items() if pair[0] != pair[1]}
+    refused = [what for what in changed if not accepts(run.config, what[0])]
+    if refused:
+        which = "; on ".join(
+            f"other {kind} than {name} has now (their fingerprints differ)" for _, kind, name in refused
+        )
+        keys = ", ".join(dict.fromkeys(key for key, _, _ in refused))
+        raise ConfigError(
+            f"output: {run.folder} holds a run on {which}; name another folder, or go on with them all the same "
+            f"(accept: [{keys}])"
+        )
+    return [f"{kind} of {key}: {before[:12]} -> {here[:12]}" for (key, kind, _), (before, here) in changed.items()]
+
+
+def _reports(run: Run, old: RunRecord) -> tuple[EvalReport, ...]:
+    """Return the evaluations that are not ahead of the checkpoint; none where other rows, or other things about them,
+    are measured now."""
+    now, step = run.record, run.progress.step
+    if (old.data.fingerprint, old.data.processor) != (now.data.fingerprint, now.data.processor):
+        return ()
+    if old.config["metrics"] != now.config["metrics"]:
+        return ()
+    return tuple(report for report in old.reports if report.step <= step and (step > 0 or report.is_baseline))
 
 
 def _moved(ranks: int, run: Run) -> list[str]:

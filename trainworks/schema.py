@@ -6,6 +6,7 @@ moment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import (
@@ -14,9 +15,12 @@ from pydantic import (
     Field,
     Strict,
     Tag,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
+from trainworks.errors import nearest
 from trainworks.reading import AnyData
 from trainworks.settings import Count, Name, Names, Rate, Settings, Share
 
@@ -314,3 +318,25 @@ class RunConfig(Settings, Generic[TaskT]):
     `speed.compile` says `on`: a compiled kernel depends on the sizes met before it."""
     hub: Hub | None = None
     """Where to publish."""
+    accept: Names = ()
+    """Keys of this file that may differ from the run that `output` holds, such as `optim.lr` or `budget`; `data` and
+    `model` also accept other rows and weights under the same names. The record says what changed, and at which step."""
+
+    @field_validator("accept")
+    @classmethod
+    def _known(cls, accept: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        known = list(_keys(info.data))
+        waiting = cls.model_fields.keys() - info.data.keys()  # sections with mistakes of their own
+        for name in accept:
+            if name not in known and name.split(".")[0] not in waiting:
+                raise ValueError(f"{name!r} is no key of this file{nearest(name, known)}")
+        return accept
+
+
+def _keys(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Yield every key of a configuration, sections too, as dotted names."""
+    for key, value in values.items():
+        yield above + key
+        inside = value.model_dump(mode="json") if isinstance(value, Settings) else value
+        if isinstance(inside, dict):
+            yield from _keys(inside, f"{above}{key}.")

@@ -67,9 +67,8 @@ class Cell:
             "every": Every(log=1, save="end", keep=1),
         }
         data = changes.pop("data", self.data()).model_copy(update={"workers": self.workers})
-        made = tiny.config(task, folder / "model" / task, Path("none"), folder / output, **(settings | changes))
-        tuning = LoRA(rank=4, dropout=0.1) if self.tuning == "lora" else made.tuning
-        return made.model_copy(update={"tuning": tuning, "data": data})
+        made = tiny.config(task, folder / "model" / task, data, folder / output, **(settings | changes))
+        return made.model_copy(update={"tuning": LoRA(rank=4, dropout=0.1)} if self.tuning == "lora" else {})
 
     def data(self) -> Data | Mixture:
         """Return some rows in memory, nothing held out."""

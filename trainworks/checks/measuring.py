@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,7 @@ def _configurations(config: Any) -> Iterator[Any]:
 # Packing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _RowByRow(Plan):
     """A plan over packed samples whose steps take the rows these hold."""
 
@@ -168,5 +168,6 @@ class _RowByRow(Plan):
 
 def unpack(run: Run) -> None:
     """Let a packed run take the very rows of each of its steps, each on a line of its own."""
-    run.plan = _RowByRow(**asdict(run.plan), packed=run.plan, packs=run.packs)
+    own = {field.name: getattr(run.plan, field.name) for field in fields(Plan)}  # a mixture's plan has more
+    run.plan = _RowByRow(**own, packed=run.plan, packs=run.packs)
     run.packs = alone(len(run.train))
