@@ -125,6 +125,10 @@ def _publish(config: RunConfig[Any], record: RunRecord, folder: Path) -> None:
         say(str(model_cards.publish(folder, card, repo=config.hub.repo, private=config.hub.private)))
 
 
+_IDLE = 0.03
+"""Share of the processes' time from which it is said that they have nothing to do."""
+
+
 def _opening(run: Run) -> str:
     facts, data, plan = run.record.model, run.record.data, run.plan
     count, machine = f"{facts.num_parameters:,} parameters, {facts.num_trainable:,} trained", run.record.environment
@@ -133,6 +137,8 @@ def _opening(run: Run) -> str:
         f"{split.name}: {reason} {count:,}" for split in data.splits for reason, count in split.dropped.items()
     )
     packed = [] if run.record.packing is None else [f"packed   {run.record.packing}"]
+    ranks, idle = run.world.ranks, plan.idle(run.world.ranks)
+    waste = f" ({100 * idle:.0f}% idle: {plan.per_step} is no multiple of {ranks})" if idle > _IDLE else ""
     goes_on = f", going on from step {run.progress.step}" if run.progress.step else ""
     return "\n".join(
         [
@@ -141,7 +147,7 @@ def _opening(run: Run) -> str:
             *([f"rows     {stated}"] if (stated := run.task.stated()) else []),
             *(f"         rows that were left out are listed in {listing}" for listing in data.listings),
             *packed,
-            f"steps    {plan.num_steps:,} of {plan.per_step} samples, {run.world.ranks} x {run.micro} at once{goes_on}",
+            f"steps    {plan.num_steps:,} of {plan.per_step} samples, {ranks} x {run.micro} at once{waste}{goes_on}",
             f"machine  {machine.world_size} x {machine.device}, precision {machine.mixed_precision}",
             f"output   {run.folder}",
         ]

@@ -116,6 +116,10 @@ class Plan:
             samples[inside] = permuted(positions[inside] % self.num_samples, self.num_samples, self.seed, int(epoch))
         return samples, epochs
 
+    def idle(self, ranks: int) -> float:
+        """Return the share of the ranks' time that fillers take, where a step's samples do not divide among them."""
+        return 1.0 - self.per_step / (ranks * -(-self.per_step // ranks))
+
     def going_on(self, *, step: int, position: int, origin: int = 0, steps: int | None = None) -> Self:
         """Return the plan of a run that has taken `step` steps over `position` samples, however many each took.
 
