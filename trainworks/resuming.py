@@ -40,6 +40,7 @@ def resume(run: Run) -> Run:
             *old.notes,
             *(note for note in run.record.notes if note not in old.notes),
             *(f"Changed at step {step}: {change}." for change in changes),
+            *([] if _measures_the_same(run, old) else _measured_before(run, old)),
             *_moved(old.environment.world_size, run),
         ),
     )
@@ -77,14 +78,24 @@ def _other_contents(run: Run, old: RunRecord) -> list[str]:
 
 
 def _reports(run: Run, old: RunRecord) -> tuple[EvalReport, ...]:
-    """Return the evaluations that are not ahead of the checkpoint; none where other rows, or other things about them,
-    are measured now."""
-    now, step = run.record, run.progress.step
-    if (old.data.fingerprint, old.data.processor) != (now.data.fingerprint, now.data.processor):
-        return ()
-    if old.config["metrics"] != now.config["metrics"]:
+    """Return the evaluations that are not ahead of the checkpoint, and can be compared with those to come."""
+    step = run.progress.step
+    if not _measures_the_same(run, old):
         return ()
     return tuple(report for report in old.reports if report.step <= step and (step > 0 or report.is_baseline))
+
+
+def _measures_the_same(run: Run, old: RunRecord) -> bool:
+    measured = [(each.data.fingerprint, each.data.processor, each.config["metrics"]) for each in (old, run.record)]
+    return measured[0] == measured[1]
+
+
+def _measured_before(run: Run, old: RunRecord) -> list[str]:
+    """Say what became of the evaluations so far."""
+    notes = [f"Evaluations before step {run.progress.step} measured other rows or other metrics and are left out."]
+    if old.data.fingerprint != run.record.data.fingerprint:
+        notes.append("Rows that are held out since then may have been trained on before.")
+    return notes if old.reports else []
 
 
 def _moved(ranks: int, run: Run) -> list[str]:

@@ -74,7 +74,7 @@ def take(run: Run, until: int = 0, rates: list[float] | None = None) -> list[lis
 
 def in_order(run: Run, begin: int, end: int) -> list[int]:
     """Return the samples that an undisturbed run takes from some positions."""
-    whole = run.plan.going_on(step=0, position=0, steps=run.plan.num_steps)
+    whole = run.plan.going_on(step=0, position=0)
     return np.concatenate([whole.step(number)[0] for number in range(whole.num_steps)])[begin:end].tolist()
 
 
@@ -174,6 +174,17 @@ def test_another_number_of_samples_a_step_repeats_and_misses_nothing(
     assert (again.progress.samples, again.progress.step) == (total, again.plan.num_steps)
 
 
+def test_a_damaged_checkpoint_leads_back_to_where_the_one_before_stands(model: Path, tmp_path: Path) -> None:
+    begun = take(prepared(model, tmp_path), until=3)
+    batch = Batch(per_step=5, micro=5)
+    take(prepared(model, tmp_path, batch=batch, accept="batch"), until=5)
+    (checkpoints(tmp_path)[0].path / "state.json").write_text("{}")
+    run = prepared(model, tmp_path, batch=batch)
+    assert (run.progress.step, run.progress.samples) == (3, 24)
+    whole = sorted(in_order(run, 0, run.plan.total))
+    assert sorted(row for step in begun + take(run) for row in step) == whole
+
+
 def test_a_budget_of_steps_stays_one_of_steps(model: Path, tmp_path: Path) -> None:
     take(prepared(model, tmp_path, budget=Budget(steps=10)), until=4)
     run = prepared(model, tmp_path, budget=Budget(steps=10), batch=Batch(per_step=16), accept="batch")
@@ -270,6 +281,7 @@ def test_evaluations_of_other_rows_are_not_compared(model: Path, tmp_path: Path)
     other = one(rows(70, seed=3), holdout=0.2)
     again = prepared(model, tmp_path, data=other, every=every, epochs=3.0, accept=("data", "budget"))
     assert (again.record.reports, again.statistics) == ((), {})
+    assert any("may have been trained on before" in note for note in again.record.notes)
     record = finetune.fit(again)
     assert (record.status, record.comparisons) == ("complete", ())
     assert {report.num_examples for report in record.reports} == {14}

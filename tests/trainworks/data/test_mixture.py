@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,3 +102,26 @@ def test_a_part_of_a_pass_is_a_whole_number_of_samples(count: int, epochs: float
     assert (plan.sources == 0).sum() == allowed
     alone = mixed([Ingredient("a", sizes, 1.0, epochs)], seed=0, per_step=4, total=allowed)
     assert len(drawn(alone)) == allowed
+
+
+def test_a_mixture_goes_on_from_any_position_with_the_same_samples() -> None:
+    whole = mixed(ingredients(), seed=5, per_step=32, total=5_000)
+    longer = mixed(ingredients(), seed=5, per_step=32, total=9_000)
+    for step, position, per_step in ((157, 5_000, 32), (10, 320, 7), (40, 999, 64)):
+        rest = replace(longer, per_step=per_step).going_on(step=step, position=position)
+        assert np.array_equal(drawn(rest, step), drawn(longer)[position:])
+    assert np.array_equal(drawn(whole), drawn(longer)[:5_000])
+    steps = whole.going_on(step=10, position=320, steps=200)
+    assert np.array_equal(drawn(steps, 10), drawn(longer)[320 : 320 + 190 * 32])
+
+
+def test_a_new_order_of_a_mixture_passes_over_every_source_anew() -> None:
+    plan = mixed(ingredients(), seed=5, per_step=64, total=40_000)
+    new = plan.going_on(step=100, position=6_400, origin=6_400)
+    pairs = [pair for number in range(100, new.num_steps) for pair in zip(*map(list, new.step(number)), strict=True)]
+    assert len(pairs) == len(set(pairs)) == 33_600
+    assert min(epoch for _, epoch in pairs) == 6_400
+    books = [sample for sample, epoch in pairs if 9_000 <= sample < 9_700 and epoch == 6_400]
+    assert sorted(books) == list(range(9_000, 9_700))
+    again = new.going_on(step=200, position=12_800, origin=6_400)
+    assert np.array_equal(drawn(again, 200), drawn(new, 100)[6_400:])

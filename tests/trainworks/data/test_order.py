@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from trainworks.data.order import Key, Plan, deal, mix, permuted
+from trainworks.errors import ConfigError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 4097])
@@ -50,6 +53,48 @@ def test_steps_follow_one_another_without_a_seam() -> None:
     assert epochs.tolist() == [0] * 10 + [1] * 10 + [2] * 5
     assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
     assert rows[:10].tolist() != rows[10:20].tolist()
+
+
+def drawn(plan: Plan, begin: int, end: int) -> list[tuple[int, int]]:
+    """Return the (sample, epoch) of each place of some steps."""
+    steps = [plan.step(number) for number in range(begin, end)]
+    return [pair for step in steps for pair in zip(*(part.tolist() for part in step), strict=True)]
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 4, 5, 16, 100])
+def test_a_plan_goes_on_from_any_position_with_any_number_of_samples_a_step(per_step: int) -> None:
+    whole = Plan(seed=3, num_samples=10, per_step=4, total=25)
+    for step in range(whole.num_steps + 1):
+        position = min(4 * step, 25)
+        rest = replace(whole, per_step=per_step).going_on(step=step, position=position)
+        assert drawn(whole, 0, step) + drawn(rest, step, rest.num_steps) == drawn(whole, 0, whole.num_steps)
+        assert rest.num_steps == step + -(-(25 - position) // per_step)
+
+
+def test_a_longer_plan_goes_on_behind_a_short_last_step() -> None:
+    short = Plan(seed=3, num_samples=10, per_step=4, total=25)
+    longer = replace(short, total=40).going_on(step=short.num_steps, position=25)
+    undisturbed = Plan(seed=3, num_samples=10, per_step=4, total=40)
+    assert drawn(short, 0, 7) + drawn(longer, 7, longer.num_steps) == drawn(undisturbed, 0, 10)
+    with pytest.raises(ConfigError, match="used up: the run stands at step 7, after 25 samples"):
+        replace(short, total=24).going_on(step=7, position=25)
+
+
+def test_a_budget_of_steps_ends_with_its_step_however_many_samples_were_taken() -> None:
+    plan = Plan(seed=3, num_samples=10, per_step=8, total=80).going_on(step=4, position=16, steps=10)
+    assert (plan.num_steps, plan.total) == (10, 16 + 6 * 8)
+
+
+def test_a_new_order_begins_where_it_is_said_and_is_like_none_before() -> None:
+    old = Plan(seed=3, num_samples=10, per_step=4, total=60)
+    new = old.going_on(step=3, position=12, origin=12)
+    pairs = drawn(new, 3, new.num_steps)
+    assert len(pairs) == 48
+    for begin in (0, 10, 20, 30):
+        assert sorted(sample for sample, _ in pairs[begin : begin + 10]) == list(range(10))
+    assert not {epoch for _, epoch in drawn(old, 0, old.num_steps)} & {epoch for _, epoch in pairs}
+    later = new.going_on(step=7, position=28, origin=12)
+    assert drawn(later, 7, later.num_steps) == pairs[16:]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
