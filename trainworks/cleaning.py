@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
-from trainworks.settings import Count, Name, Names, Settings
+from trainworks.settings import Count, Name, Settings, SomeNames
 
 __all__ = ["Clean", "Decontaminate", "EvaluationSet", "Languages", "Length", "Local", "NearDuplicate", "Ray", "Slurm"]
 
 Positive = Annotated[float, Strict(), Field(gt=0, le=1)]
-SomeNames = Annotated[Names, Field(min_length=1)]
 
 
 class Length(Settings):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import Tag, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainworks.errors import ConfigError, nearest
+from trainworks.errors import ConfigError, Problem, nearest
 from trainworks.redaction import REDACTED, Keys, dotted, is_secret, shown
 from trainworks.settings import Settings
 from trainworks.yaml_document import Document
@@ -29,8 +29,17 @@ def validate(document: Document, model: type[M]) -> M:
     """Return `document` as a `model`; ConfigError with every problem, those met while reading it too, in order."""
     config = _validated(document, model)
     if config is None or document.problems:
-        raise ConfigError([problem for _, problem in sorted(document.problems, key=lambda item: item[0])])
+        raise ConfigError(_in_order(document))
     return config
+
+
+def _in_order(document: Document) -> list[Problem]:
+    """Return the first problems in the order of the file, and how many more there are."""
+    problems = [problem for _, problem in sorted(document.problems, key=lambda item: item[0])]
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    rest = Problem(problems[MAX_PROBLEMS].where, "", f"and {len(problems) - MAX_PROBLEMS:,} more from here on")
+    return [*problems[:MAX_PROBLEMS], rest]
 
 
 def _validated(document: Document, model: type[M]) -> M | None:

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from trainworks.cleaning import Clean
-from trainworks.settings import Count, Name, Names, Settings, Share
+from trainworks.settings import Count, Name, Names, Settings, Share, SomeNames
 
 __all__ = ["AnyData", "Data", "Limit", "Mixture", "Part", "Reading", "Workers"]
 
@@ -62,7 +62,7 @@ class Reading(Settings):
     """The Hub data set's configuration name; for `python-docs`, `text` or `questions`."""
     revision: Name = "main"
     """Branch, tag or commit on the Hub."""
-    train: Names = ("train",)
+    train: SomeNames = ("train",)
     """The split to train on. In a local folder: file names or patterns."""
     validation: Names | None = None
     """The split to evaluate on; when absent, `holdout` of the training rows."""

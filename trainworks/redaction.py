@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 FOUND_WIDTH = 80
+MESSAGE_WIDTH = 600
 REDACTED = "<redacted>"
 
 Keys = tuple[str | int, ...]
@@ -156,8 +157,18 @@ def is_secret(keys: Keys) -> bool:
 
 def shown(keys: Keys, text: str) -> str:
     """Return the `text` of the value at `keys` for a message: secrets redacted, then shortened."""
+    text = text[: 10 * FOUND_WIDTH]  # all that can come to be shown; the patterns are slow on what is meant to be slow
     text = REDACTED if text and (is_secret(keys) or _SECRET_PAIR.search(text)) else without_tokens(text)
-    return text if len(text) <= FOUND_WIDTH else text[: FOUND_WIDTH - 1] + "…"
+    return _short(text, FOUND_WIDTH)
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    """Return a text in one line, with signs that would write elsewhere on a terminal, or nowhere, as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def dotted(keys: Keys) -> str:
@@ -170,5 +181,6 @@ def dotted(keys: Keys) -> str:
 
 
 def safe_problem(where: str, keys: Keys, message: str) -> Problem:
-    """Make a Problem in which no part quotes a secret."""
-    return Problem(*(without_tokens(text) for text in (where, shown((), dotted(keys)), message)))
+    """Make a Problem in which no part quotes a secret, or is long, or takes more than a line."""
+    parts = (where, shown((), dotted(keys)), _short(message, MESSAGE_WIDTH))
+    return Problem(*(_printable(without_tokens(text)) for text in parts))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 
-__all__ = ["Count", "Name", "Names", "Rate", "Settings", "Share"]
+__all__ = ["Count", "Name", "Names", "Rate", "Settings", "Share", "SomeNames"]
 
 Count = Annotated[int, Strict(), Field(gt=0)]
 Rate = Annotated[float, Strict(), Field(ge=0)]
@@ -24,6 +24,7 @@ Names = Annotated[
     WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}}),
 ]
 """One name or several."""
+SomeNames = Annotated[Names, Field(min_length=1)]
 
 
 class Settings(BaseModel):

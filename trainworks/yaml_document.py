@@ -25,7 +25,9 @@ __all__ = ["Document", "Spot", "read_text", "to_yaml"]
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 40
 MAX_DIGITS = 80
-MAX_VALUES = 20_000
+MAX_VALUES = 5_000
+TOO_LONG = "more digits than any setting takes; put it in quotes if text is meant"
+TOO_MANY = f"more than {MAX_VALUES} values, aliases written out"
 SECRET = "looks like a secret; set HF_TOKEN in the environment instead"
 
 
@@ -81,11 +83,16 @@ _SCALARS: dict[str, re.Pattern[str]] = {
 }
 
 
-def _text(text: str) -> str:
+def _unfit(text: str) -> str:
+    """Return what is wrong with a text or a key; empty where nothing is."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("text holds a character that no file can hold")
-    if is_token(text):
-        raise ValueError(SECRET)
+        return "text holds a character that no file can hold"
+    return SECRET if is_token(text) else ""
+
+
+def _text(text: str) -> str:
+    if wrong := _unfit(text):
+        raise ValueError(wrong)
     return text
 
 
@@ -97,11 +104,13 @@ def _bool(text: str) -> bool:
 
 def _int(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ValueError("more digits than any setting takes; put it in quotes if text is meant")
+        raise ValueError(TOO_LONG)
     return int(text, 0) if text[:2] in ("0x", "0o") else int(text.replace("_", ""))
 
 
 def _float(text: str) -> float:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(TOO_LONG)
     number = float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
     if not math.isfinite(number):
         raise ValueError("not a finite number; put it in quotes if text is meant")
@@ -118,7 +127,7 @@ _BUILDERS: dict[str, Callable[[str], Any]] = {
 
 
 class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
-    """YAML text to marked nodes by the YAML 1.2 core schema, with bounded nesting."""
+    """YAML text to marked nodes by the YAML 1.2 core schema, with bounded nesting, and not too many."""
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -127,12 +136,15 @@ class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
         Composer.__init__(self)
         BaseResolver.__init__(self)
         self.depth = 0
+        self.nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
-        if self.depth > MAX_DEPTH:
+        self.nodes += 1
+        if self.depth > MAX_DEPTH or self.nodes > 2 * MAX_VALUES:  # a key is a node, too
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+            deep = f"nested deeper than {MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(None, None, deep if self.depth > MAX_DEPTH else TOO_MANY, mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -227,8 +239,8 @@ class Document:
         if not equals or not all(keys):
             self.report(spot, (), "expected key=value, such as optim.lr=1e-4")
             return
-        if is_token(name):
-            self.report(spot, keys, SECRET)
+        if wrong := _unfit(name):
+            self.report(spot, keys, wrong)
             return
         try:
             node = _compose(value, lambda line: where)
@@ -294,18 +306,16 @@ class _Builder:
         where, order = self.locate(key_node.start_mark.line)
         self.values += 1
         if self.values > MAX_VALUES or len(keys) > MAX_DEPTH:
-            raise ConfigError(
-                [safe_problem(where, keys, f"more than {MAX_VALUES} values once aliases are written out")]
-            )
+            raise ConfigError([safe_problem(where, keys, TOO_MANY)])
         spot = self.document.spots[keys] = Spot(where, order, _found(node))
         if isinstance(node, yaml.MappingNode) and node.tag == _YAML + "map":
             return self.mapping(node, keys)
         if isinstance(node, yaml.SequenceNode) and node.tag == _YAML + "seq":
             return [self.build(item, (*keys, index), item) for index, item in enumerate(node.value)]
         try:
-            return _BUILDERS[node.tag](node.value)
-        except (KeyError, TypeError):
-            message = f"the tag {node.tag.replace(_YAML, '!!')} is not allowed; remove it"
+            if isinstance(node, yaml.ScalarNode) and node.tag in _BUILDERS:
+                return _BUILDERS[node.tag](node.value)
+            message = f"the tag {shown((), node.tag.replace(_YAML, '!!'))} is not allowed; remove it"
         except ValueError as error:
             message = f"{error}; found {shown(keys, spot.found)}" if node.tag != _YAML + "str" else str(error)
         self.document.broken.add(keys)
@@ -322,10 +332,10 @@ class _Builder:
                 key, wrong = "?", "a key must be plain text"
             elif key == "<<" and key_node.style is None:
                 wrong = "merge keys are not read; write the keys out"
-            elif is_token(key):
-                wrong = SECRET
             elif key in values:
                 wrong = f"set twice; first at {lines[key]}"
+            else:
+                wrong = _unfit(key)
             if wrong:
                 self.document.report(Spot(where, order, ""), (*keys, key), wrong)
                 continue

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,6 +163,8 @@ optim: {schedule: linear}
         ("some/data", "a\0b", "run.yaml:12: holds the unprintable character #x00"),
         ("some/data", '"\\U00110000"', "run.yaml:1: not valid YAML: an escape such as "),
         ("some/data", "*missing", "run.yaml:12: not valid YAML: found undefined alias 'missing'"),
+        ("use_rslora", '"\\ud800"', "run.yaml:10: tuning.options.\\ud800: text holds a character that no file"),
+        ("[a, b]", "[]", "run.yaml:13: data.train: expected a list of 1 or more; found a list"),
         ("hub:", "---\nhub:", "run.yaml:22: not valid YAML: expected a single document in the stream"),
     ],
 )
@@ -264,14 +267,60 @@ def test_values_that_expand_without_bound_are_refused() -> None:
     laughs = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9))
     for text in (f"a0: &a0 [ha]\n{laughs}\n{VALID}", f"loop: &loop [*loop]\n{VALID}"):
         (line,) = problems(text)
-        assert "more than 20000 values once aliases are written out" in line
+        assert "more than 5000 values, aliases written out" in line
     assert "nested deeper than 40 levels" in problems(f"{VALID}metrics: {'[' * 5000}{']' * 5000}\n")[0]
     assert read(edited("train: [a, b]", "train: &splits [a]\n  validation: *splits")).data.validation == ("a",)
 
 
 def test_a_file_of_nothing_but_mistakes_is_answered_soon() -> None:
-    text = VALID + "".join(f"key{number}: {number}\n" for number in range(5000))
+    text = VALID + "".join(f"key{number}: {number}\n" for number in range(4000))
     assert len(problems(text)) == 100
+
+
+def test_a_list_of_more_values_than_any_run_has_is_answered_soon() -> None:
+    (line,) = problems(f"{VALID}metrics: [{'a,' * 100_000}]\n")
+    assert "more than 5000 values, aliases written out" in line
+
+
+def test_more_than_a_hundred_mistakes_are_counted() -> None:
+    lines = problems(VALID + "seed: 1\n" * 120)
+    assert len(lines) == 101
+    assert lines[-1] == "run.yaml:124: and 19 more from here on"
+
+
+@pytest.mark.parametrize("value", ["passw" * 40_000, "'token" + " " * 200_000 + "'", "hf_" * 60_000, "://" * 60_000])
+def test_text_made_to_be_slow_to_search_for_secrets_is_answered_soon(value: str) -> None:
+    begun = time.monotonic()
+    (line,) = problems(edited("lr: 3e-4", f"lr: {value}"))
+    assert "optim.lr: expected a number" in line
+    assert time.monotonic() - begun < 8
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lr: 3e-4", f"lr: !!float {'x' * 50_000}"),
+        ("lr: 3e-4", f"lr: !{'t' * 50_000} x"),
+        ("lr: 3e-4", f"lr: *{'m' * 50_000}"),
+        ("me/mine", f"me/{'w' * 50_000}/mine"),
+        ("lr: 3e-4", f"lr: 1\n  {'k' * 900}: 2"),
+    ],
+)
+def test_a_message_is_short_however_long_what_it_is_about(old: str, new: str) -> None:
+    (line,) = problems(edited(old, new))
+    assert len(line) < 1_000
+
+
+@pytest.mark.parametrize("tag", ["int", "float", "bool", "str", "null"])
+@pytest.mark.parametrize("value", ["[]", "{a: b}"])
+def test_a_scalars_tag_on_a_list_or_section_is_refused(tag: str, value: str) -> None:
+    (line,) = problems(edited("lr: 3e-4", f"lr: !!{tag} {value}"))
+    assert line == f"run.yaml:19: optim.lr: the tag !!{tag} is not allowed; remove it"
+
+
+def test_a_message_is_one_line_and_writes_nothing_else_to_a_terminal() -> None:
+    (line,) = problems(VALID + '"a\\nb\\e[31mc\\u202e": 1\n')
+    assert line.startswith("run.yaml:23: a\\nb\\x1b[31mc\\u202e: unknown key")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +354,7 @@ def test_a_missing_file_or_a_folder_is_answered_with_the_files_there(tmp_path: P
     ):
         with pytest.raises(ConfigError) as caught:
             load(path, model=Config)
-        assert str(caught.value).startswith(f"{path}: {answer}")
+        assert str(caught.value).startswith(f"{path}: {answer}".replace("\0", "\\x00"))
 
 
 def test_secrets_are_never_echoed() -> None:
