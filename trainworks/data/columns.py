@@ -16,12 +16,13 @@ from trainworks.errors import DataError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Kind", "class_ids", "class_names", "fingerprint", "rename", "require_columns"]
+__all__ = ["Kind", "class_ids", "class_names", "fingerprint", "listed", "rename", "require_columns"]
 
 Kind = Literal["text", "label", "messages", "any"]
 
 MAX_CLASSES = 10_000
 _WINDOW = 10_000
+_SHOWN = 20
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -46,11 +47,16 @@ _KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
 }
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names, as a message shows them."""
+    return ", ".join(map(excerpt, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
+
+
 def rename(rows: Dataset, columns: Mapping[str, str], *, source: str) -> Dataset:
     """Rename columns as {new: old}; DataError lists every old name that is missing and every new name that is taken."""
     problems = [
         f"{source}: data.columns.{new}: no column '{old}'{nearest(old, rows.column_names)}; "
-        f"there are: {', '.join(rows.column_names)}"
+        f"there are: {listed(rows.column_names)}"
         for new, old in columns.items()
         if old not in rows.column_names
     ]
@@ -60,7 +66,7 @@ def rename(rows: Dataset, columns: Mapping[str, str], *, source: str) -> Dataset
         if new != old and new in rows.column_names and new not in columns.values()
     ]
     if len(set(columns.values())) < len(columns):
-        problems.append(f"{source}: data.columns names one column twice: {', '.join(columns.values())}")
+        problems.append(f"{source}: data.columns names one column twice: {listed(list(columns.values()))}")
     if problems:
         raise DataError("\n".join(problems))
     return rows.rename_columns({old: new for new, old in columns.items() if new != old})
@@ -74,7 +80,7 @@ def require_columns(rows: Dataset, wanted: Mapping[str, Kind], *, source: str) -
     kinds = {field.name: field.type for field in rows.features.arrow_schema}
     problems = [problem for name, kind in wanted.items() if (problem := _problem(name, kind, kinds, wanted))]
     if problems:
-        there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+        there = listed([f"{name} ({kind})" for name, kind in kinds.items()]) or "none"
         raise DataError("\n".join([*(f"{source}: {problem}" for problem in problems), f"The columns are: {there}"]))
     nulls = [
         BadRow(f"null {kind}", "give every row a value there", file=source, row=row, column=name)
@@ -96,12 +102,12 @@ def _problem(name: str, kind: Kind, kinds: Mapping[str, pa.DataType], wanted: Ma
     if name not in kinds:
         free = [other for other, held in kinds.items() if fits(held) and other not in wanted]
         guess = nearest(name, free)
-        old = guess.split("'")[1] if guess else (free or ["..."])[0]
+        old = guess.split("'")[1] if guess else excerpt((free or ["..."])[0])
         return f"no column '{name}'{guess}; the task reads {words} there. Map it: data.columns: {{{name}: {old}}}"
     if pa.types.is_null(kinds[name]):
         return f"column '{name}' holds only nulls; the task reads {words} there"
     if not fits(kinds[name]):
-        return f"column '{name}' holds {kinds[name]}; the task reads {words} there"
+        return f"column '{name}' holds {excerpt(str(kinds[name]))}; the task reads {words} there"
     return ""
 
 
@@ -136,7 +142,7 @@ def class_ids(rows: Dataset, column: str, names: Sequence[str], *, first: int = 
     }
     ids = [spelt[value] for value in values.to_pylist()]
     if wrong := [row for row, index in enumerate(ids) if index < 0]:
-        mend = f"the {len(names)} classes are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+        mend = f"the {len(names)} classes are: {listed(names)}"
         raise BadRowsError(
             [
                 BadRow(
@@ -158,9 +164,10 @@ def _declared(rows: Dataset, column: str) -> list[str]:
 
 def _labels(rows: Dataset, column: str, first: int = 0) -> pa.ChunkedArray:
     """Return the column's values, none of them null."""
+    kinds = {field.name: field.type for field in rows.features.arrow_schema}
+    if problem := _problem(column, "label", kinds, {column: "label"}):
+        raise DataError(problem)
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
-    if not _is_label(values.type) and not pa.types.is_null(values.type):
-        raise DataError(f"column '{column}' holds {values.type}; labels are text, whole numbers or classes")
     if values.null_count:
         rows_without = np.flatnonzero(values.is_null().to_numpy()).tolist()
         raise BadRowsError(
@@ -201,19 +208,20 @@ def _feed(digest: hashlib._Hash, values: pa.Array | pa.ChunkedArray) -> None:
     elif pa.types.is_dictionary(kind):
         _feed(digest, values.dictionary_decode())
     elif pa.types.is_struct(kind):
-        for index in sorted(range(kind.num_fields), key=lambda index: kind.field(index).name):
-            digest.update(f"field {kind.field(index).name!a}".encode())
-            _feed(digest, values.flatten()[index])
+        fields = zip((field.name for field in kind), values.flatten(), strict=True)
+        for name, inner in sorted(fields, key=lambda field: field[0]):
+            digest.update(f"field {name!a}".encode())
+            _feed(digest, inner)
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         _feed(digest, pc.cast(pc.list_value_length(values), pa.int64()))
         _feed(digest, values.flatten())
     elif _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         digest.update(b"text" if _is_text(kind) else b"bytes")
         _feed_bytes(digest, pc.cast(values, pa.large_binary()))
-    elif pa.types.is_primitive(kind):
+    elif pa.types.is_primitive(kind) and not pa.types.is_time(kind):  # numpy makes objects of times, with addresses
         digest.update(str(kind).encode())
         digest.update(values.to_numpy(zero_copy_only=False).tobytes())
-    else:  # decimals, fixed-size lists, maps: rare, so slow and plain
+    else:  # times of day, decimals, fixed-size lists, maps: rare, so slow and plain
         digest.update(ascii(values.to_pylist()).encode())
 
 

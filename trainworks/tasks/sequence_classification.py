@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, Strict
 
-from trainworks.data.bad_rows import BadRow, BadRowsError
+from trainworks.data.bad_rows import BadRow, BadRowsError, excerpt
 from trainworks.data.cache import Prepared, ragged, table
 from trainworks.data.columns import Kind, class_ids, class_names
 from trainworks.data.text import pad
@@ -63,7 +63,8 @@ class SequenceClassification(Task):
         """Return the task with its class names."""
         names = self.labels or class_names(rows, self.label)
         if len(names) < 2:
-            raise DataError(f"column {self.label!r} has one class only ({names[0]!r}): there is nothing to tell apart")
+            found = excerpt(repr(names[0]))
+            raise DataError(f"column {self.label!r} has one class only ({found}): there is nothing to tell apart")
         return self.model_copy(update={"labels": names})
 
     def equip(self, processor: Processor) -> Processor:

@@ -1,3 +1,6 @@
+from datetime import time
+from time import process_time
+
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features
@@ -95,6 +98,21 @@ def test_a_null_label_is_named_with_its_row(call):
         call(Dataset.from_dict({"label": ["a", None, "a"]}), "label")
 
 
+def test_a_missing_label_column_is_named_with_those_there_are():
+    with pytest.raises(DataError, match=r"no column 'label'.* Map it: data.columns: \{label: text\}"):
+        class_names(Dataset.from_dict({"text": ["a"]}), "label")
+
+
+def test_a_message_shows_the_first_of_many_columns_and_of_a_long_type():
+    wide = {f"k{number}": 1 for number in range(2_000)}
+    rows = Dataset.from_dict({"text": [wide], **{f"column {number}": ["a"] for number in range(1_000)}})
+    with pytest.raises(
+        DataError, match=r"(?s)column 'text' holds struct<k0: int64.*column 18 \(string\), \.\.\."
+    ) as caught:
+        require_columns(rows, {"text": "text"}, source="here")
+    assert len(str(caught.value)) < 2_000
+
+
 def test_numbers_with_fractions_and_free_text_are_no_labels():
     with pytest.raises(DataError, match="holds double"):
         class_names(Dataset.from_dict({"label": [0.5]}), "label")
@@ -108,6 +126,7 @@ CONTENT = {
     "flag": [True, None, False, True],
     "nested": [[{"role": "user", "n": 1}], [], None, [{"role": None, "n": None}]],
     "blob": [b"x", b"", None, b"\x00y"],
+    "clock": [time(1), None, time(2), time(3, 4, 5)],
 }
 
 
@@ -124,6 +143,13 @@ def test_a_fingerprint_ignores_chunks_slices_column_order_and_text_width():
         Dataset(padded).select([1, 2, 3, 4]),
     ]
     assert {fingerprint(rows) for rows in same} == {fingerprint(table)}
+
+
+def test_a_fingerprint_of_an_object_with_many_fields_is_made_soon():
+    table = pa.table({"wide": [{f"k{number}": number for number in range(4_000)}]})
+    begun = process_time()
+    fingerprint(table)
+    assert process_time() - begun < 4
 
 
 @pytest.mark.parametrize("column", CONTENT)
