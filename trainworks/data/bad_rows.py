@@ -47,7 +47,7 @@ class BadRow:
     def __str__(self) -> str:
         file = f"{self.file}:{self.line}" if self.line is not None else self.file
         row = f"row {self.row} (from 0)" if self.row is not None else ""
-        column = f"column '{self.column}'" if self.column is not None else ""
+        column = f"column '{excerpt(self.column)}'" if self.column is not None else ""
         place = ", ".join(part for part in (row, column) if part)
         what = f"{self.reason}, {self.detail}" if self.detail else self.reason
         found = f"found {self.excerpt}; " if self.excerpt else ""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainworks.data.bad_rows import BadRow, excerpt
-from trainworks.data.columns import Kind
+from trainworks.data.columns import Kind, listed
+from trainworks.data.nesting import DEEPEST, is_deep
 from trainworks.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_BESIDE = {"system", "tools", "input", "labels", "trained", "assistant_masks"}
+"""Columns that are read where they are there, and tell no format. Any other may hold sound that cannot be decoded."""
 _BATCH = 1000
 
 
@@ -136,14 +139,21 @@ def _json(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise _FlawError("broken JSON", f"{where}: expected JSON, found {value!r:.80} ({error.msg})") from error
+        held = json.loads(value)
+        json.dumps(held, ensure_ascii=False).encode()  # halves of a character, which no tokenizer takes
+    except (ValueError, RecursionError) as error:
+        detail = f"{where}: expected JSON, found {value!r:.80} ({excerpt(str(error))})"
+        raise _FlawError("broken JSON", detail) from error
+    if is_deep(held):
+        raise _FlawError("nested too deep", f"{where}: over {DEEPEST} levels of lists and objects")
+    return held
 
 
 def batches(rows: Dataset, *, first: int) -> Iterator[list[tuple[int, Row]]]:
-    """Yield rows with their numbers, counted from `first`, a thousand at a time."""
-    for columns in rows.with_format(None).iter(_BATCH):
+    """Yield rows with their numbers, counted from `first`, a thousand at a time; of columns that some format reads."""
+    known = {name for shape in FORMATS.values() for name in shape.columns} | _BESIDE
+    read = rows.select_columns([name for name in rows.column_names if name in known])
+    for columns in read.with_format(None).iter(_BATCH):
         count = len(next(iter(columns.values())))
         yield [(first + place, {name: values[place] for name, values in columns.items()}) for place in range(count)]
         first += count
@@ -163,7 +173,7 @@ def recognised(rows: Dataset) -> str:
         return told[0]
     shapes = "; ".join(f"{name}: {', '.join(shape.columns)}" for name, shape in FORMATS.items())
     raise DataError(
-        f"no known shape of conversation: the columns are {', '.join(rows.column_names)}; known are {shapes}. "
+        f"no known shape of conversation: the columns are {listed(rows.column_names)}; known are {shapes}. "
         "Rename yours, as in data.columns: {prompt: question, completion: answer}"
     )
 

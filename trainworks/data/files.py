@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainworks.data.bad_rows import BadRows, Policy
+from trainworks.data.bad_rows import BadRows, Policy, excerpt
 from trainworks.data.cache import digest, folder
-from trainworks.data.columns import fingerprint
+from trainworks.data.columns import fingerprint, listed
 from trainworks.data.formats.base import ARROW_ERRORS, Chunk, Format, unified
 from trainworks.data.formats.json_rows import json_lines, json_rows
 from trainworks.data.formats.lines import COMPRESSIONS
@@ -144,8 +144,15 @@ class _Held(NamedTuple):
 def _file_rows(held: _Held, paths: Sequence[Path], listing: Path) -> FileRows:
     from datasets import Dataset
 
+    try:
+        rows = Dataset(held.table, fingerprint=held.name[:32])
+    # The metadata that datasets looks at may say anything at all.
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        found = excerpt(str(error))
+        mend = "write the file again, with columns of other types, or without the schema's metadata `huggingface`"
+        raise DataError(f"{paths[0]}: datasets does not know a type of it: {found}; {mend}") from error
     return FileRows(
-        rows=Dataset(held.table, fingerprint=held.name[:32]),
+        rows=rows,
         places=Places(tuple(map(str, paths)), held.starts),
         dropped=held.dropped,
         listing=listing if listing.exists() and held.dropped else None,
@@ -187,9 +194,10 @@ def _read(paths: Sequence[Path], bad: BadRows, staged: Path, kept: Path) -> _Hel
 def _chunks(path: Path, bad: BadRows) -> Iterator[Chunk]:
     try:
         yield from (chunk for chunk in READERS[_ending(path)].chunks(path, bad) if len(chunk.table))
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         kind = "".join(path.suffixes[-_num_endings(path) :]).lstrip(".")
-        raise DataError(f"{path}: cannot be read as {kind}: {error}; write or fetch the file again") from error
+        found = excerpt(str(error))
+        raise DataError(f"{path}: cannot be read as {kind}: {found}; write or fetch the file again") from error
 
 
 def _joint_schema(schemas: Sequence[tuple[Path, pa.Schema]]) -> pa.Schema:
@@ -197,13 +205,13 @@ def _joint_schema(schemas: Sequence[tuple[Path, pa.Schema]]) -> pa.Schema:
     for path, schema in schemas:
         if set(schema.names) != set(wanted.names):
             raise DataError(
-                f"{path}: the columns are {', '.join(schema.names)}, but {', '.join(wanted.names)} in {first}; "
+                f"{path}: the columns are {listed(schema.names)}, but {listed(wanted.names)} in {first}; "
                 "name the files that belong together in data.train and data.validation"
             )
     try:
         return unified([schema for _, schema in schemas])
     except ARROW_ERRORS as error:
-        raise DataError(f"{first.parent}: the files do not hold the same types: {error}") from error
+        raise DataError(f"{first.parent}: the files do not hold the same types: {excerpt(str(error))}") from error
 
 
 def _opened(kept: Path) -> _Held:

@@ -224,8 +224,10 @@ def _joined(splits: Mapping[str, Dataset], wanted: Sequence[str], source: str) -
     missing = [f"no split '{name}'{nearest(name, splits)}" for name in wanted if name not in splits]
     if missing:
         raise DataError(f"{source}: {'; '.join(missing)}; there are: {', '.join(splits)}")
+    if len(wanted) < 2:
+        return splits[wanted[0]] if wanted else None
     try:
-        return concatenate_datasets([splits[name] for name in wanted]) if wanted else None
+        return concatenate_datasets([splits[name] for name in wanted])
     except ValueError as error:
         raise DataError(f"{source}: {' and '.join(wanted)} do not have the same columns: {error}") from error
 

@@ -75,6 +75,39 @@ def with_messages(value: bytes) -> Callable[[Path], None]:
     return write
 
 
+def with_table(make: Callable[[], pa.Table]) -> Callable[[Path], None]:
+    """Write a table as a Parquet file or an Arrow stream."""
+
+    def write(path: Path) -> None:
+        table = make()
+        if path.suffix == ".parquet":
+            parquet.write_table(table, path)
+        else:
+            with pa.ipc.new_stream(str(path), table.schema) as writer:
+                writer.write_table(table)
+
+    return write
+
+
+def with_false_offsets() -> pa.Table:
+    """Return text whose second value is said to end before it begins."""
+    offsets = pa.array([0, 9, 3, 11], pa.int32()).buffers()[1]
+    return pa.table({"text": pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"onetwothree")])})
+
+
+def with_a_union() -> pa.Table:
+    kinds, places = pa.array([0, 0], pa.int8()), pa.array([0, 1], pa.int32())
+    return pa.table({"text": pa.UnionArray.from_dense(kinds, places, [pa.array(["one", "two"])])})
+
+
+def nested(levels: int) -> str:
+    return '{"a": ' * levels + "1" + "}" * levels
+
+
+def metadata(said: str) -> Callable[[], pa.Table]:
+    return lambda: pa.table({"text": ["one"]}).replace_schema_metadata({"huggingface": said})
+
+
 FIXTURES = [
     Fixture("broken.jsonl", GOOD + b'{"text": }\n' + GOOD, 1, 2, "broken JSON, Expecting value", left=2),
     Fixture(
@@ -86,6 +119,9 @@ FIXTURES = [
     Fixture("cut-number.jsonl", GOOD + b'{"text": "x", "n": 1', 1, 2, "truncated last line, Expecting ','", left=1),
     Fixture("number.jsonl", GOOD + b"17\n", 1, 2, "not an object; found 17", left=1),
     Fixture("deep.jsonl", GOOD + b'{"text": ' + b"[" * 100_000 + b"\n", 1, 2, "nested too deep", left=1),
+    Fixture("levels.jsonl", GOOD + f'{{"n": {nested(40)}}}\n'.encode(), 1, 2, "nested too deep, over 32", "n", left=1),
+    Fixture("levels.json", f'[{{"n": 1}}, {{"n": {nested(900)}}}]'.encode(), 1, None, "nested too deep", "n", left=1),
+    Fixture("deep-list.json", b'[{"n": 1}, ' + b"[" * 900 + b"]" * 901, 1, None, "not an object", left=1),
     Fixture("windows.jsonl", b'{"text": "one"}\r\n{"text": "tw\r\n', 1, 2, "broken JSON, Invalid control", left=1),
     Fixture("latin1.jsonl", GOOD + b'{"text": "caf\xe9"}\n', 1, 2, "byte 29 of the file is 0xe9", left=1),
     Fixture("latin1.csv", b"text,n\none,1\n\ncaf\xe9,2\n", 1, 4, "iconv -f cp1252 -t UTF-8 latin1.csv", left=1),
@@ -104,6 +140,7 @@ FIXTURES = [
     Fixture("nul.csv", b'text,n\n"one\nmore",1\n"t\nw\0o",2\n', 1, 5, "tr -d '\\000' < nul.csv", left=1),
     Fixture("nul.txt", b"one\nt\0wo\n", 0, 2, "NUL character, at character 1 of the line", left=0),
     Fixture("nul.json", b'[{"text": "a"},\n{"text": "\0"}]', 1, 2, "NUL character"),
+    Fixture("nul-first.json", b'[{"text": "\0"}]', 0, 1, "NUL character"),
     Fixture("inside.parquet", with_messages(b"t\0wo"), 1, None, "NUL character", "messages", left=2),
     Fixture("torn.parquet", with_messages(b"caf\xe9"), 1, None, "byte 3 of the cell is 0xe9", "messages", left=2),
     Fixture("nul.parquet", with_text(b"t\0wo"), 1, None, "NUL character", "text", left=2),
@@ -123,6 +160,7 @@ FIXTURES = [
     Fixture("long.tsv", b"text\tn\none\t1\ttoo\n\ntwo\t2\n", 0, 2, "3 cells, but the header names 2", left=1),
     Fixture("ragged.csv", b'text,n\n"a\nb",1\n\n"c\nd",2\nx,y,z\n', 2, 7, "3 cells, but the header names 2", left=2),
     Fixture("quoted.csv", b'text,n\n"a"b,1\nx,2\n', 0, 2, "broken quotes, ',' expected after '\"'", left=1),
+    Fixture("quoted.tsv", b'text\tn\n"a"b\t1\nx\t2\n', 0, 2, "'\\t' expected after", left=1),
     Fixture("unclosed.csv", b'text,n\nx,1\n"a,2\nb,3\n', 1, 3, "a quote opened in this row is never closed"),
     Fixture("kind.jsonl", GOOD * 2 + b'{"text": 5}\n', 2, 3, "type changes, string before; found 5", "text", left=2),
     Fixture("flag.jsonl", b'{"n": 1}\n{"n": true}\n{"n": 2}\n', 1, 2, "int64 before; found true", "n", left=2),
@@ -137,6 +175,21 @@ FIXTURES = [
     Fixture("ragged.csv.gz", gzip.compress(b"a,b\n1,2\n3\n"), 1, 3, "ragged row", left=1),
     Fixture("cut.jsonl.gz", gzip.compress(GOOD)[:-9], None, None, "cannot be read as jsonl.gz: Truncated"),
     Fixture("false.txt.zst", b"not compressed", None, None, "cannot be read as txt.zst: ZSTD"),
+    Fixture("offsets.arrow", with_table(with_false_offsets), None, None, "cannot be read as arrow"),
+    Fixture("union.arrow", with_table(with_a_union), None, None, "datasets does not know a type of it"),
+    Fixture("list.arrow", with_table(metadata("[7]")), None, None, "metadata `huggingface`"),
+    Fixture("cut.arrow", with_table(metadata("{")), None, None, "metadata `huggingface`"),
+    Fixture("deep.arrow", with_table(metadata("[" * 9_999)), None, None, "metadata `huggingface`"),
+    Fixture(
+        "twice.parquet",
+        with_table(lambda: pa.table([["a"], ["b"]], names=["text", "text"])),
+        *(None, None, "column named twice, text"),
+    ),
+    Fixture(
+        "levels.parquet",
+        with_table(lambda: pa.table({"n": [json.loads(nested(40))]})),
+        *(None, None, "nested too deep, over 32 levels"),
+    ),
     Fixture("false.parquet", b"PAR1 but not", None, None, "cannot be read as parquet"),
 ]
 
@@ -178,6 +231,7 @@ def refused(fixture: Fixture, path: Path, policy: str) -> None:
         rows_of(path, policy)
     assert fixture.words in str(caught.value)
     assert str(path) in str(caught.value)
+    assert all(line.isprintable() for line in str(caught.value).split("\n"))
     if isinstance(caught.value, BadRowsError):
         problem = caught.value.problems[0]
         expect_place(fixture, problem.row, problem.line, problem.column, problem.excerpt)
@@ -228,6 +282,12 @@ def test_a_byte_order_mark_is_accepted(name: str, tmp_path: Path) -> None:
     content = {"rows.jsonl": GOOD, "rows.csv": b"text\none\n", "rows.txt": b"one", "rows.json": b'[{"text": "one"}]'}
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content[name])
     assert rows_of(tmp_path / name, "error").train.to_list() == [{"text": "one"}]
+
+
+def test_objects_thirty_levels_deep_are_read(tmp_path: Path) -> None:
+    content = {"n": json.loads(nested(30))}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(content)}\n" * 2)
+    assert rows_of(tmp_path / "a.jsonl", "error").train.to_list() == [content] * 2
 
 
 def test_the_first_ten_mistakes_of_a_file_are_named_and_the_others_counted(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from trainworks.data.conversations import FORMATS, Dialogue, dialogues, recognised
 from trainworks.errors import DataError
@@ -106,6 +106,16 @@ def test_turns_apart_end_with_the_one_that_is_learned() -> None:
     assert read({"messages": [ASKED]}, turns="apart") == [Dialogue(10, [ASKED], ())]
 
 
+def called(words: str) -> dict[str, Any]:
+    return {"conversations": [{"from": "function_call", "value": words}]}
+
+
+def test_a_picture_beside_a_conversation_is_never_decoded() -> None:
+    rows = Dataset.from_dict({"messages": [[ASKED, SAID]], "picture": [{"bytes": b"none", "path": None}]})
+    rows = rows.cast_column("picture", Image())
+    assert [dialogue.messages for (dialogue,) in dialogues(rows, "messages")] == [[ASKED, SAID]]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -118,6 +128,10 @@ def test_turns_apart_end_with_the_one_that_is_learned() -> None:
         ({"conversations": "a"}, r"column 'conversations' must be a list of messages, found 'a'"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, r"turn 0: role 'alien'"),
         ({"messages": []}, r"column 'messages' must be a list of messages"),
+        (called("9" * 5_000), r"turn 0 \(function_call\): expected JSON, found '999.*\(Exceeds the limit"),
+        (called("[" * 5_000), r"turn 0 \(function_call\): expected JSON, found '\[\[.*\(maximum recursion"),
+        (called("[" * 100 + "]" * 100), r"turn 0 \(function_call\): over 32 levels of lists"),
+        (called('{"name": "\\ud800"}'), r"turn 0 \(function_call\): expected JSON, found .*can't encode character"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(row: dict[str, Any], message: str) -> None:

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
 from trainworks.data.formats.base import ARROW_ERRORS, unified
+from trainworks.data.nesting import is_deep_schema
 
 __all__ = ["parsed_at_once"]
 
-_DEEPEST = 200
+_BRACKETS = 200
 _NULL_IN_LIST = re.compile(rb"[\[,]\s*null")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"{[\n"))
 _EXACT = 1e15
@@ -36,7 +37,7 @@ def parsed_at_once(content: bytes, before: pa.Schema) -> pa.Table | None:
         unified([before, table])
     except ARROW_ERRORS:
         return None
-    if not table.num_columns or len(table) != content.rstrip(b"\n").count(b"\n") + 1:
+    if not table.num_columns or is_deep_schema(table.schema) or len(table) != content.rstrip(b"\n").count(b"\n") + 1:
         return None
     return table if all(_is_sure(chunk) for column in table.columns for chunk in column.chunks) else None
 
@@ -54,7 +55,7 @@ def _is_plain(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     # Arrow 26 follows brackets by recursion, and ends the process where there are some ten thousand.
-    return max(map(len, content.translate(None, _NO_BRACKETS).split(b"\n"))) <= _DEEPEST
+    return max(map(len, content.translate(None, _NO_BRACKETS).split(b"\n"))) <= _BRACKETS
 
 
 def _parse(content: bytes, fields: list[pa.Field]) -> pa.Table:

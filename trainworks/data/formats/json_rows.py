@@ -17,6 +17,7 @@ from trainworks.data.bad_rows import BadRow, BadRows, BadRowsError, excerpt
 from trainworks.data.formats.arrow_json import parsed_at_once
 from trainworks.data.formats.base import ARROW_ERRORS, Chunk, unified
 from trainworks.data.formats.lines import Line, blocks, lines, open_bytes, whole_text
+from trainworks.data.nesting import DEEPEST, is_deep
 from trainworks.errors import DataError
 
 __all__ = ["json_lines", "json_rows"]
@@ -102,9 +103,12 @@ def _wrong(error: Exception) -> str:
 def _flaw(value: Any, text: str) -> BadRow | None:
     """Return what makes a value unusable as a row, though it is JSON; its place is left to the caller."""
     if not isinstance(value, dict):
-        return BadRow(
-            "not an object", "write each row as an object {column: value}", excerpt=excerpt(json.dumps(value))
-        )
+        shown = "" if is_deep(value) else excerpt(json.dumps(value))
+        return BadRow("not an object", "write each row as an object {column: value}", excerpt=shown)
+    for name, cell in value.items():
+        if is_deep(cell):
+            detail = f"over {DEEPEST} levels of lists and objects"
+            return BadRow("nested too deep", "write what is deeper as text", detail, column=excerpt(name))
     if _ESCAPES.search(text) is None:
         return None
     for name, cell in value.items():
@@ -133,7 +137,7 @@ def _chunk(rows: list[_Row], schema: pa.Schema, path: Path, bad: BadRows) -> Chu
             except ARROW_ERRORS as error:
                 others = _other_types(name, rows, before)
                 if not others:
-                    raise DataError(f"{path}: column '{name}': {error}") from error
+                    raise DataError(f"{path}: column '{excerpt(name)}': {excerpt(str(error))}") from error
                 wrong = others | wrong
         if not wrong:
             places = np.array([row.row for row in rows], np.int64)
@@ -151,8 +155,8 @@ def _other_types(name: str, rows: Sequence[_Row], kind: pa.DataType) -> dict[int
         try:
             kind = _joint(kind, pa.array([value.get(name)]).type)
         except pa.ArrowTypeError:
-            mend = f"give column '{name}' one type in all rows"
-            detail = f"{kind} before"
+            mend = f"give column '{excerpt(name)}' one type in all rows"
+            detail = f"{excerpt(str(kind))} before"
             wrong[place] = BadRow("type changes", mend, detail, found, line=line, row=row, column=name)
         except ARROW_ERRORS as error:
             # Integers over 64 bits, or a list whose items have several types.
@@ -199,7 +203,7 @@ def _placed(error: BadRowsError, path: Path) -> BadRowsError:
 
 def _item(text: str, at: int) -> int:
     """Return which item of a list (from 0) the character `at` stands in, as far as the list can be read."""
-    decoder, place, row = json.JSONDecoder(), text.index("[") + 1, 0
+    decoder, place, row = json.JSONDecoder(), text.find("[") + 1, 0
     while True:
         rest = _GAP.search(text, place)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from trainworks.data.bad_rows import BadRow, BadRows, BadRowsError, excerpt
 from trainworks.data.formats.base import Chunk
 from trainworks.data.formats.lines import whole_text
+from trainworks.data.nesting import DEEPEST, is_deep_schema
 
 __all__ = ["arrow_rows", "parquet_rows", "text_rows"]
 
@@ -56,6 +58,7 @@ def _checked(tables: Iterable[pa.Table], path: Path, bad: BadRows) -> Iterator[C
     """Yield the tables without the rows whose text is not text."""
     start = 0
     for table in filter(len, tables):
+        _check_layout(table, path)
         rows = start + np.arange(len(table))
         start += len(table)
         if wrong := _wrong(table):
@@ -64,6 +67,35 @@ def _checked(tables: Iterable[pa.Table], path: Path, bad: BadRows) -> Iterator[C
             table, rows = table.take(keep), rows[keep]
         if len(table):
             yield Chunk(table, rows)
+
+
+def _check_layout(table: pa.Table, path: Path) -> None:
+    """Refuse columns that no row can be read of: deep ones, two of a name, and those whose bytes lead elsewhere."""
+    twice = [name for name, times in Counter(table.column_names).items() if times > 1]
+    if twice:
+        mend = "give each column a name of its own"
+        raise BadRowsError([BadRow("column named twice", mend, excerpt(", ".join(twice)), file=str(path))])
+    if is_deep_schema(table.schema):
+        detail = f"over {DEEPEST} levels of lists and objects in a column"
+        raise BadRowsError([BadRow("nested too deep", "write what is deeper as text", detail, file=str(path))])
+    for cells in table.columns:
+        for part in cells.chunks:
+            plain = part.storage if isinstance(part, pa.ExtensionArray) else part
+            plain.view(_as_bytes(plain.type)).validate(full=True)
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """Return the type with bytes in place of text, which is looked at row by row."""
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        item = kind.value_field.with_type(_as_bytes(kind.value_type))
+        return pa.list_(item) if pa.types.is_list(kind) else pa.large_list(item)
+    return kind
 
 
 def _wrong(table: pa.Table) -> dict[int, BadRow]:

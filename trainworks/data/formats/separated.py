@@ -72,7 +72,9 @@ class _Records:
         if rows:
             yield _chunk(names, rows, places)
         if self.row < 0:
-            self._refuse("no rows", f"only a header: {', '.join(names)[:200]}", "leave the file out, or write it again")
+            self._refuse(
+                "no rows", f"only a header: {excerpt(', '.join(names))}", "leave the file out, or write it again"
+            )
 
     def _records(self, width: int) -> Iterator[tuple[int, list[str]]]:
         """Yield the good records, each with the line it begins in."""
@@ -108,7 +110,7 @@ class _Records:
 
     def _unquoted(self, error: str, line: int) -> BadRow:
         """Return what is wrong with the quotes; raise it where everything after it has been swallowed."""
-        problem = BadRow("broken quotes", _QUOTES, error, excerpt(self.first), str(self.path), line)
+        problem = BadRow("broken quotes", _QUOTES, excerpt(error), excerpt(self.first), str(self.path), line)
         if "unexpected end" in error or "field larger" in error:
             mend = f"a quote opened in this row is never closed; {_QUOTES}"
             raise BadRowsError([replace(problem, mend=mend, row=self.row + 1)])
@@ -118,16 +120,16 @@ class _Records:
         try:
             cells = next(self.reader, [])
         except csv.Error as error:
-            self._refuse("broken quotes", str(error), _QUOTES)
+            self._refuse("broken quotes", excerpt(str(error)), _QUOTES)
         if self.problem is not None:
             raise BadRowsError([self.problem])
         names = [cell.strip() or f"column_{number}" for number, cell in enumerate(cells, start=1)]
         if all(re.fullmatch(_FLOAT, cell) for cell in cells):
             self._refuse(
-                "no header", f"found {', '.join(cells)[:80] or 'nothing'}", "the first line must name the columns"
+                "no header", f"found {excerpt(', '.join(cells)) or 'nothing'}", "the first line must name the columns"
             )
         if len(set(names)) < len(names):
-            self._refuse("column named twice", ", ".join(names)[:200], "give each column a name of its own")
+            self._refuse("column named twice", excerpt(", ".join(names)), "give each column a name of its own")
         return names
 
     def _refuse(self, reason: str, detail: str, mend: str) -> NoReturn:
