@@ -16,8 +16,8 @@ from attempts import INTERVAL, STEPS, Place
 from forking import Nursery
 
 import finetune
-from trainworks import Faults, Speed, fail_points, read_record
-from trainworks.checkpoint import checkpoints, saving, snapshot, verify
+from trainworks import Faults, Speed, fail_points, read_record, train_steps
+from trainworks.checkpoint import checkpoints, save, saving, snapshot, verify
 from trainworks.errors import CheckpointError
 from trainworks.tracking import Log
 from trainworks.training import fit
@@ -242,3 +242,13 @@ def test_a_disk_that_is_full_at_one_file_is_outlasted_where_that_is_asked_for(
     assert child.wait() == [0], child.tail()
     assert json.loads((place.folder / f"{name}.json").read_text()) == whole
     assert read_record(place.folder / name).notes
+
+
+def test_what_a_checkpoint_will_take_is_known_before_the_first_step(place: Place) -> None:
+    run = finetune.prepare(attempts.settings(place.folder / "expected"))
+    expected = snapshot.expected_bytes(run)
+    next(train_steps(run))
+    save(run)
+    (checkpoint,) = checkpoints(run.folder)
+    assert checkpoint.size() <= expected <= checkpoint.size() + 2**16
+    assert expected == pytest.approx(snapshot.expected_bytes(run), rel=0.01)

@@ -23,6 +23,10 @@ PART_BYTES = 2**31
 """Most bytes of tensors in one file, and so held on the host at once while a checkpoint is written."""
 
 
+_HEADER = 512
+"""Bytes that a tensor's name and place take, about."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What one rank writes. Its tensors are the run's own until `HostCopies.of` has copied them."""
@@ -38,7 +42,7 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """How much room it takes on disk, within a few kB."""
-        return sum(tensor.nbytes + 512 for tensor in self.tensors.values()) + 2**16
+        return sum(tensor.nbytes + _HEADER for tensor in self.tensors.values()) + 2**16
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write this rank's files, see them on the disk, and return the SHA-256 of each by name."""
@@ -91,11 +95,12 @@ def snapshot(run: Run) -> Snapshot:
 def expected_bytes(run: Run) -> int:
     """Return what this rank's part of a checkpoint will take on disk, moments that are not there yet included."""
     taken = snapshot(run)
-    weights = sum(taken.tensors[f"model.{name}"].nbytes for name in trained(run) if f"model.{name}" in taken.tensors)
-    moments = taken.num_bytes - sum(
-        tensor.nbytes for name, tensor in taken.tensors.items() if name.startswith("model.")
-    )
-    return taken.num_bytes + max(0, num_moments(run.config.optim) * weights - moments)
+    if any(name.startswith("optimizer.") for name in taken.tensors):
+        return taken.num_bytes
+    weights = [taken.tensors[f"model.{name}"] for name in trained(run) if f"model.{name}" in taken.tensors]
+    moments = num_moments(run.config.optim)
+    # Besides its moments each weight has a number of steps.
+    return taken.num_bytes + sum(moments * weight.nbytes + (moments + 1) * _HEADER for weight in weights)
 
 
 @dataclass
