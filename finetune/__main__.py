@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.config import Config
-from trainworks.command import Prepare, run_command
+from trainworks.command import Prepare, run_command, run_process
 
 
 def _recipe() -> Prepare:
@@ -13,4 +13,4 @@ def _recipe() -> Prepare:
 
 
 if __name__ == "__main__":
-    run_command("finetune", Config, _recipe)()
+    run_process(run_command("finetune", Config, _recipe))

@@ -8,7 +8,7 @@ from typing import Any
 
 import finetune
 from trainworks import resuming
-from trainworks.command import run_command
+from trainworks.command import run_command, run_process
 
 
 def moments_are_lost(run: Any) -> Any:
@@ -40,4 +40,4 @@ right_restore = resuming.restore
 
 if __name__ == "__main__":
     resuming.restore = MISTAKES[os.environ["PLANTED_MISTAKE"]]
-    run_command("finetune", finetune.Config, lambda: finetune.prepare)()
+    run_process(run_command("finetune", finetune.Config, lambda: finetune.prepare))

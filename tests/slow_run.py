@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.recipe import prepare
-from trainworks.command import run_command
+from trainworks.command import run_command, run_process
 from trainworks.data.loading import Batch
 from trainworks.run import Run
 from trainworks.tracking import Log
@@ -32,4 +32,4 @@ def slow_log(self: Log, step: Any) -> None:
 
 if __name__ == "__main__":
     Run.evaluation_batches, Log.step = slow_batches, slow_log  # type: ignore[method-assign]
-    run_command("finetune", Config, lambda: prepare)()
+    run_process(run_command("finetune", Config, lambda: prepare))

@@ -26,7 +26,7 @@ from trainworks.stopping import Stopped, follow_launcher
 if TYPE_CHECKING:
     from trainworks.run import Run
 
-__all__ = ["guarded", "quieten_libraries", "run_command", "say"]
+__all__ = ["guarded", "quieten_libraries", "run_command", "run_process", "say"]
 
 Prepare = Callable[[Any], "Run"]
 
@@ -46,16 +46,22 @@ def run_command(package: str, model: type[RunConfig[Any]], recipe: Callable[[], 
             bool, typer.Option("--print-config", help="Print the whole configuration and end.")
         ] = False,
     ) -> None:
-        _end(guarded(lambda: _command(config, overrides or [], print_config, model, recipe)))
+        raise typer.Exit(guarded(lambda: _command(config, overrides or [], print_config, model, recipe)))
 
     return app
 
 
-def _end(code: int) -> NoReturn:
-    """End the process; one of several at once, for gloo's threads may abort it while its interpreter winds up (torch
-    2.13)."""
-    if "RANK" not in os.environ:
-        raise typer.Exit(code)
+def run_process(app: typer.Typer) -> NoReturn:
+    """Run a command line as all that this process is for.
+
+    The process ends without winding its interpreter up: threads of torch and gloo that are still there may abort it
+    then (torch 2.13), and the exit code would be lost.
+    """
+    code = EXIT_OK
+    try:
+        app()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else EXIT_OK
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
