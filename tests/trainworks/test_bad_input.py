@@ -40,6 +40,7 @@ FIXTURES = {
     ),
     "no text": Fixture("sequence-classification", {"label": "good"}, (PLACE, "column 'text': null text")),
     "null answer": Fixture("sft", {"prompt": "a", "completion": None}, (PLACE, "column 'completion': null text"), PAIR),
+    "no tokens": Fixture("sequence-classification", {"text": "", "label": "good"}, (PLACE, "column 'text': no tokens")),
     "null label": Fixture(
         "sequence-classification", {"text": "a", "label": None}, (PLACE, "column 'label': null label")
     ),

@@ -48,7 +48,8 @@ def ragged(rows: Sequence[NDArray[Any]], kind: DTypeLike) -> ListArray:
 
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.concatenate(rows, dtype=kind) if len(rows) else np.empty(0, dtype=kind)
+    # Rows without a single value between them are fractions to numpy.
+    values = np.concatenate(rows, dtype=kind, casting="unsafe") if len(rows) else np.empty(0, dtype=kind)
     return pyarrow.ListArray.from_arrays(offsets, values)
 
 

@@ -152,11 +152,19 @@ def _json(value: Any, where: str) -> Any:
 def batches(rows: Dataset, *, first: int) -> Iterator[list[tuple[int, Row]]]:
     """Yield rows with their numbers, counted from `first`, a thousand at a time; of columns that some format reads."""
     known = {name for shape in FORMATS.values() for name in shape.columns} | _BESIDE
-    read = rows.select_columns([name for name in rows.column_names if name in known])
-    for columns in read.with_format(None).iter(_BATCH):
+    read = [name for name in rows.column_names if name in known]
+    for columns in _values(rows.select_columns(read), read):
         count = len(next(iter(columns.values())))
         yield [(first + place, {name: values[place] for name, values in columns.items()}) for place in range(count)]
         first += count
+
+
+def _values(rows: Dataset, columns: list[str]) -> Iterator[dict[str, list[Any]]]:
+    try:
+        yield from rows.with_format(None).iter(_BATCH)
+    except (ImportError, OSError, OverflowError, ValueError) as error:  # a time that Python cannot hold, no picture
+        found = excerpt(str(error))
+        raise DataError(f"columns {listed(columns)}: a value cannot be read: {found}; mend or rename it") from error
 
 
 def recognised(rows: Dataset) -> str:

@@ -86,9 +86,14 @@ class SequenceClassification(Task):
         }
 
     def prepare(self, rows: Dataset, processor: Processor, *, first: int = 0) -> Prepared:
-        """Return one sample a row; texts longer than `max_length` are cut and the tokens cut are counted."""
+        """Return one sample a row; texts longer than `max_length` are cut and the tokens cut are counted.
+
+        BadRowsError for texts without a token, as an empty one is where the tokenizer puts nothing around it.
+        """
         texts = (rows[self.text][:],) if self.pair is None else (rows[self.text][:], rows[self.pair][:])
         whole = dict(processor(*texts, verbose=False))
+        if empty := [row for row, ids in enumerate(whole["input_ids"], start=first) if not ids]:
+            raise BadRowsError([BadRow("no tokens", "give it a text", row=row, column=self.text) for row in empty])
         cut = [max(0, len(ids) - self.max_length) for ids in whole["input_ids"]]
         if any(cut) and self.too_long == "error":
             number = int(np.argmax(np.array(cut) > 0))

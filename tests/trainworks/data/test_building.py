@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
@@ -19,7 +20,7 @@ from datasets import Dataset
 from trainworks.data import building
 from trainworks.data.bad_rows import BadRow, BadRowsError
 from trainworks.data.building import build
-from trainworks.data.cache import Prepared, folder, table
+from trainworks.data.cache import Prepared, folder, ragged, table
 from trainworks.errors import DataError
 
 ROWS = [f"row {number} " * random.Random(number).randint(1, 9) for number in range(101)]
@@ -193,3 +194,8 @@ def test_rows_that_may_be_left_out_are_told_by_their_numbers(workers: int, monke
         prepared = build("key", rows, module.picky, as_they_are, workers=workers, lenient=True)
         assert [problem.row for problem in prepared.refused] == [20, 21, 66]
         assert sum(prepared.dropped.values()) + len(prepared.samples) == len(texts) - 3
+
+
+def test_rows_without_any_value_make_a_column_of_the_kind_asked_for() -> None:
+    column = ragged([[], []], np.int32)
+    assert (column.to_pylist(), column.type.value_type) == ([[], []], pa.int32())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Image
 
@@ -138,3 +139,9 @@ def test_a_row_that_is_no_conversation_is_named(row: dict[str, Any], message: st
     good = {"conversations": "b"} if isinstance(row.get("conversations"), str) else row
     with pytest.raises(DataError, match=f"^row 10: {message}"):
         read(row, good)
+
+
+def test_a_time_that_python_cannot_hold_is_refused() -> None:
+    table = pa.table({"messages": [[ASKED, SAID]], "system": pa.array([2**62], pa.timestamp("s"))})
+    with pytest.raises(DataError, match=r"columns messages, system: a value cannot be read: .*too large"):
+        list(dialogues(Dataset(table), "messages"))
