@@ -21,6 +21,9 @@ TIMES = {name: range(1, 7) if FULL else (2,) for name in FAIL_POINTS} | {
     # The record's first version, then files of evaluations, the record, and a checkpoint's three.
     "file.staged": range(1, 25) if FULL else (1, 3, 4, 6, 7, 8),
     "save.sweeping": (1,),
+    # Three evaluations of this run are the best so far.
+    "save.marked": range(1, 4) if FULL else (2,),
+    "save.unmarking": range(1, 3) if FULL else (2,),
 }
 """Which times of getting to a point are tried: the second mostly, when there is something to lose."""
 ONCE = [(name, time) for name in FAIL_POINTS for time in TIMES[name]]
