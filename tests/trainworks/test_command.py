@@ -133,6 +133,7 @@ def command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     """Run `python -m PACKAGE` on a run file in this process, as if typed in the user's folder."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("TRAINWORKS_CACHE", str(place / ".cache"))
+    monkeypatch.setattr(os, "_exit", sys.exit)  # this process is for more than the command
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def run(name: str, *overrides: str) -> Ended:
