@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainworks.data.loading import Batch
-from trainworks.optim import clip, learning_rate, take_step
+from trainworks.optim import gradient_norm, learning_rate, take_step
 from trainworks.run import Run
 
 __all__ = ["TrainStep", "train_steps"]
@@ -64,10 +64,10 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
             sums = run.world.total(_by_source(run, window.batches, done))
             total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()
             apart = torch.stack([sums[name] / count for name, count in counts.items()]).sum(0)
-            norm = clip(parameters, limit)
+            norm = gradient_norm(parameters)
             spoiled = run.world.largest(run.watch.judge(number, total, norm))
             lr = learning_rate(run.config.optim, number - 1, run.plan.num_steps)
-            take_step(run.optimizer, lr, spoiled)
+            take_step(run.optimizer, lr, spoiled, norm=norm, limit=limit)
             run.progress.step = number
             run.progress.samples += window.samples
             run.progress.tokens += window.tokens

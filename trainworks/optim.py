@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-__all__ = ["build_optimizer", "clip", "learning_rate", "num_moments", "take_step"]
+    from trainworks.speed.working_weights import WorkingWeights
+
+__all__ = ["build_optimizer", "gradient_norm", "learning_rate", "num_moments", "take_step"]
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -36,9 +38,17 @@ def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * shape)
 
 
-def build_optimizer(optim: Optim, module: nn.Module) -> Optimizer:
-    """Build the optimizer over what `module` trains; one-dimensional weights (norms, biases) are not decayed."""
+def build_optimizer(
+    optim: Optim, module: nn.Module, rounded: WorkingWeights | None = None, *, accumulates: bool = True
+) -> Optimizer:
+    """Build the optimizer over what `module` trains; one-dimensional weights (norms, biases) are not decayed.
+
+    Where the module computes with `rounded` weights, these follow it; and where no gradients are added up, over
+    micro-batches or ranks, they may stay as they come.
+    """
     import torch
+
+    from trainworks.speed.adamw import OnePassAdamW
 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -51,7 +61,14 @@ def build_optimizer(optim: Optim, module: nn.Module) -> Optimizer:
         if optim.betas[0]:
             # torch 2.13 leaves the momentum uninitialised where the very first step is one that must not count.
             sgd.state.update({each: {"momentum_buffer": torch.zeros_like(each)} for each in trained})
+        if rounded is not None:
+            rounded.follow(sgd)
         return sgd
+    if rounded is not None:
+        adamw = OnePassAdamW(groups, rounded, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        if not accumulates:
+            adamw.allow_rounded_gradients()
+        return adamw
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
@@ -60,25 +77,30 @@ def num_moments(optim: Optim) -> int:
     return {"adamw": 2, "sgd": 1 if optim.betas[0] else 0}[optim.name]
 
 
-def take_step(optimizer: Optimizer, lr: float, spoiled: Tensor) -> None:
-    """Change the weights at the rate `lr`, and forget the gradients; where `spoiled`, a scalar on the device, is 1.0,
-    weights and moments stay as they are.
+def take_step(optimizer: Optimizer, lr: float, spoiled: Tensor, *, norm: Tensor, limit: float) -> None:
+    """Change the weights at the rate `lr`, by gradients scaled so that their global `norm` is at most `limit`, and
+    forget these; where `spoiled`, a scalar on the device, is 1.0, weights and moments stay as they are.
 
-    It is torch's way to leave out a step whose scaled gradients overflowed, and takes no look at the device.
+    Both are torch's ways to deal with scaled gradients that may have overflowed: no pass over the gradients, and no
+    look at the device.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = spoiled  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
 
 
-def clip(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale the gradients so that their global norm is at most `limit`, and return the norm before that, a scalar on
-    the device. All ranks."""
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the global norm of the gradients, a float32 scalar on the device at least. All ranks."""
     import torch
     from torch.distributed.tensor import DTensor
 
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return whole
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    short = [gradient for gradient in gradients if gradient.dtype.itemsize < 4]
+    # torch's own total rounds each gradient's norm to the gradient's type.
+    norms = list(torch._foreach_norm(short, dtype=torch.float32)) if short else []
+    norms.append(torch.nn.utils.get_total_norm([each for each in gradients if each.dtype.itemsize >= 4]))
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms)) if short else norms[0]

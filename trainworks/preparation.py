@@ -25,6 +25,7 @@ from trainworks.run import Progress, Run, Step
 from trainworks.samples import PreparedData, plan
 from trainworks.schema import Batch, RunConfig
 from trainworks.speed.compiling import can_compile, compile_layers
+from trainworks.speed.working_weights import WorkingWeights
 from trainworks.tasks import Processor, Task
 from trainworks.tracking import check_trackers
 
@@ -82,11 +83,13 @@ def assemble(
         config.speed.compile == "auto" and can_compile(world.device) and not config.deterministic
     ):
         compile_layers(model)
-    step = world.wrap(Step(model, task, processor))
+    rounded = None if world.rounding is None else WorkingWeights(model, world.rounding)
+    step = world.wrap(Step(model, task, processor, rounded=rounded))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.
     torch.manual_seed(int(mix(config.seed, world.rank)) % 2**63)
     micro = _micro(config.batch, data.samples, world, models.vocabulary(model))
     order = plan(config, data)
+    accumulates = world.ranks > 1 or order.per_step > micro
     record = RunRecord(
         kind=kind,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -109,7 +112,7 @@ def assemble(
         step=step,
         tuned=tuned,
         processor=processor,
-        optimizer=build_optimizer(config.optim, step),
+        optimizer=build_optimizer(config.optim, step, rounded, accumulates=accumulates),
         watch=Watch(config.faults, world.device),
         train=data.train,
         packs=data.packs,

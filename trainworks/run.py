@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from trainworks.data.packing import Packs
 from trainworks.errors import CheckpointError
 from trainworks.full_disk import is_full, room
 from trainworks.record import EvalReport, RunRecord
+from trainworks.speed.working_weights import WorkingWeights
 from trainworks.tasks import Processor, Task
 
 if TYPE_CHECKING:
@@ -40,11 +41,14 @@ class Step(nn.Module):
     FSDP's back it mixes sharded and whole tensors.
     """
 
-    def __init__(self, model: PreTrainedModel, task: Task, processor: Processor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, task: Task, processor: Processor, *, rounded: WorkingWeights | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.task = task
         self.processor = processor
+        self.rounded = rounded
         # What accelerate asks a model for when it shards: where to cut, and to tie shared weights again afterwards.
         self._no_split_modules = list(model._no_split_modules or [])
 
@@ -54,9 +58,10 @@ class Step(nn.Module):
 
     def forward(self, given: Any, *, ask: Literal["loss", "predict", "show"] = "loss") -> Any:
         """Return the loss sums of a batch, or its predictions, or worked examples of some rows."""
-        if ask == "loss":
-            return self.task.loss(self.model, given)
-        return getattr(self.task, ask)(self.model, given, self.processor)
+        with nullcontext() if self.rounded is None else self.rounded.used():
+            if ask == "loss":
+                return self.task.loss(self.model, given)
+            return getattr(self.task, ask)(self.model, given, self.processor)
 
 
 @dataclass

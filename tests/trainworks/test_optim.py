@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainworks import Optim
-from trainworks.optim import build_optimizer, clip, learning_rate
+from trainworks.optim import build_optimizer, gradient_norm, learning_rate, take_step
 
 
 def rates(optim: Optim, number: int = 10) -> list[float]:
@@ -49,9 +49,34 @@ def test_frozen_weights_are_not_optimized() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
 
 
-def test_clipping_returns_the_norm_before_it_and_scales_to_the_limit() -> None:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([3.0, 4.0])
-    assert clip([weight], 1.0).item() == 5.0
-    assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
-    assert clip([weight], math.inf).item() == pytest.approx(1.0, rel=1e-4)
+def stepped(name: str, *, limit: float) -> tuple[float, torch.Tensor]:
+    weight = torch.nn.Parameter(torch.zeros(2, 1))
+    weight.grad = torch.tensor([[3.0], [4.0]])
+    norm = gradient_norm([weight])
+    adamw = {"weight_decay": 0.0, "eps": 1.0} if name == "adamw" else {}
+    optim = Optim(name=name, lr=1.0, betas=(0.0, 0.0), **adamw)
+    optimizer = build_optimizer(optim, torch.nn.ParameterList([weight]))
+    take_step(optimizer, 1.0, torch.tensor(0.0), norm=norm, limit=limit)
+    assert weight.grad is None
+    return norm.item(), weight.detach()
+
+
+def test_the_step_is_that_of_gradients_scaled_to_the_limit() -> None:
+    norm, weight = stepped("sgd", limit=1.0)
+    assert norm == 5.0
+    assert weight.norm().item() == pytest.approx(1.0, rel=1e-4)
+    assert weight[1].item() == pytest.approx(-0.8, rel=1e-4)
+    norm, weight = stepped("adamw", limit=1.0)
+    assert weight[1].item() == pytest.approx(-0.8 / 1.8, rel=1e-4)
+    for limit in (6.0, math.inf):
+        assert stepped("sgd", limit=limit)[1].norm().item() == pytest.approx(5.0, rel=1e-6)
+
+
+def test_the_norm_over_gradients_of_several_types_is_exact() -> None:
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.zeros(300)) for _ in range(4)]
+    for weight, dtype in zip(weights, (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32), strict=True):
+        weight.grad_dtype = dtype
+        weight.grad = torch.randn(300).to(dtype)
+    whole = torch.cat([weight.grad.double() for weight in weights if weight.grad is not None])
+    assert gradient_norm(weights).item() == pytest.approx(whole.norm().item(), rel=1e-6)

@@ -74,6 +74,13 @@ class World:
         """Whether batches travel to another device."""
         return self.device.type != "cpu"
 
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """The type that a module should round its weights to; None where they are taken as they are, or where FSDP
+        rounds what it gathers."""
+        rounds = self.accelerator.mixed_precision == "bf16" and not self.accelerator.is_fsdp2
+        return torch.bfloat16 if rounds else None
+
     def wait(self) -> None:
         """Let every rank catch up. All ranks."""
         with self._waiting():
