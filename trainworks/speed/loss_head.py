@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,9 +14,13 @@ from trainworks.speed.cross_entropy import token_losses
 
 __all__ = ["head_losses"]
 
-_CHUNK_BYTES = {"cuda": 2**31, "cpu": 2**26}
+_CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
 """Most bytes of float32 logits at once: large enough for a GPU's matrix products, small enough for a processor's
 cache."""
+
+_KEPT = {"cuda": 2, "cpu": 1}
+"""Chunks whose gradients by the weights are kept, to be added up in one pass; those of any others are added to the
+first."""
 
 Shape = Callable[[Tensor], Tensor]
 """What the architecture does to logits after the product with the weights, element by element."""
@@ -45,32 +49,44 @@ class _HeadLosses(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)
         losses = torch.zeros(len(labels), dtype=exact, device=hidden.device)
         to_states = torch.empty_like(states) if wants_states else None
-        to_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if wants_weight else None
+        to_weight: list[Tensor] = []
         for part in _chunks(len(labels), len(weight), device):
             logits = states[part] @ matrix.t()
-            if to_states is None and to_weight is None:
+            if not wants_states and not wants_weight:
                 shaped = logits if shape is None else shape(_exact(logits))
                 losses[part] = token_losses(shaped, labels[part], ignored=ignored)
                 continue
-            losses[part], gradient = _for(device)(logits, labels[part], ignored, shape)
+            losses[part], gradient = _for(_chunk, device)(logits, labels[part], ignored, shape)
             if to_states is not None:
                 torch.mm(gradient, matrix, out=to_states[part])
-            if to_weight is not None:
-                to_weight += gradient.t() @ states[part]
-        ctx.save_for_backward(labels != ignored, to_states, to_weight)
+            if wants_weight:
+                to_weight.append(gradient.t() @ states[part])
+                if len(to_weight) > _KEPT[device]:
+                    last = to_weight.pop()
+                    to_weight[0] = _exact(to_weight[0]).add_(last)
+        ctx.save_for_backward(labels != ignored, to_states, *to_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return losses
 
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        learned, to_states, to_weight = ctx.saved_tensors
+        learned, to_states, *to_weight = ctx.saved_tensors
         scale = (above * learned).amax()
         # What is not a number passes: the step is then a bad one, and told as such.
         torch._assert_async(~((above - scale).abs() * learned > 0).any(), "head_losses: tokens are not weighed alike")
         of_hidden, of_weight = ctx.dtypes
-        states = None if to_states is None else (to_states * scale).to(of_hidden)
-        matrix = None if to_weight is None else (to_weight * scale).to(of_weight)
+        summed = _for(_summed, above.device.type)
+        states = None if to_states is None else summed([to_states], scale, of_hidden)
+        matrix = summed(to_weight, scale, of_weight) if to_weight else None
         return states, matrix, None, None, None
+
+
+def _summed(parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the parts times `scale`; in `dtype`, though added up in float32 at least."""
+    total = _exact(parts[0])
+    for part in parts[1:]:
+        total = total + part
+    return (total * scale).to(dtype)
 
 
 def _exact(logits: Tensor) -> Tensor:
@@ -113,6 +129,6 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]
 
 
 @cache
-def _for(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return what does a chunk: compiled on a GPU, where it is bound by passes over memory."""
-    return torch.compile(_chunk) if can_compile(torch.device(device)) else _chunk
+def _for(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return the function: compiled on a GPU, where it is bound by passes over memory."""
+    return torch.compile(function) if can_compile(torch.device(device)) else function
