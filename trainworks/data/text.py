@@ -40,9 +40,9 @@ def encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
             yield encoding.ids
 
 
-def pad(rows: Sequence[NDArray[Any]], value: int) -> NDArray[np.int64]:
-    """Stack rows of different length to [rows, longest], filled up on the right."""
-    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+def pad(rows: Sequence[NDArray[Any]], value: int, *, width: int | None = None) -> NDArray[np.int64]:
+    """Stack rows of different length to [rows, longest], or to `width`, filled up on the right."""
+    padded = np.full((len(rows), width or max(map(len, rows))), value, dtype=np.int64)
     for place, row in enumerate(rows):
         padded[place, : len(row)] = row
     return padded

@@ -27,11 +27,26 @@ if TYPE_CHECKING:
 __all__ = ["LanguageTask"]
 
 _SHOWN = 3
+_SIXTEENTHS = 16
+"""Lengths of packed lines between a power of two and the next: at most a sixteenth of a line is padding for it."""
 
 
 def _lines(packs: Sequence[int]) -> list[NDArray[np.int64]]:
     """Return the places of the rows on each line, of the line that each row is on."""
     return np.split(np.arange(len(packs)), np.flatnonzero(np.diff(packs)) + 1)
+
+
+def _rounded_up(size: int, steps: int) -> int:
+    """Return the next of the sizes that lie evenly, so many of them, between each power of two and the next."""
+    unit = max(1, (1 << (size - 1).bit_length()) // (2 * steps))
+    return -(-size // unit) * unit
+
+
+def _bounds(lines: Sequence[NDArray[np.int64]], width: int) -> NDArray[np.int64]:
+    """Return where each row begins in the lines laid end to end, and where they end; what is left of a line is a
+    row, too."""
+    ends = [np.append(np.cumsum(sizes), width) + width * place for place, sizes in enumerate(lines)]
+    return np.unique(np.concatenate([[0], *ends]))
 
 
 class LanguageTask(Task, ABC):
@@ -117,15 +132,21 @@ class LanguageTask(Task, ABC):
         `row`, of the same shape, tells whose row a token is (padding, which learns nothing, is put down to the first),
         and `learned` [rows] how many tokens each row learns. Where rows share a line, `position_ids` begin anew with
         each: by that, and by the absence of an attention mask, transformers knows to keep them apart, in every kind
-        of layer that has a mask. Each place of padding is then a row of its own.
+        of layer that has a mask. Each place of padding is then a row of its own. Lines then have few lengths, so that
+        few shapes are compiled for, and `bounds` and `longest` say what `rows_apart` wants to know.
         """
         import torch
 
         def lay(parts: Sequence[NDArray[Any]], value: int) -> Tensor:
-            return torch.from_numpy(pad([np.concatenate([parts[row] for row in line]) for line in lines], value))
+            whole = [np.concatenate([parts[row] for row in line]) for line in lines]
+            return torch.from_numpy(pad(whole, value, width=width))
 
         lines = _lines([row.get("pack", place) for place, row in enumerate(rows)])
         ids = [row["input_ids"] for row in rows]
+        sizes = np.array([len(row) - 1 for row in ids])
+        packed = len(lines) < len(rows)
+        width = max(int(sizes[line].sum()) for line in lines)
+        width = _rounded_up(width, _SIXTEENTHS) if packed else width
         # A filler learns nothing: what it says is not even computed.
         targets = [
             np.where(row.get("trained", True) & (row.get("weight", 1.0) > 0), row["input_ids"], IGNORED) for row in rows
@@ -136,8 +157,11 @@ class LanguageTask(Task, ABC):
             "row": lay([np.full(len(row) - 1, place) for place, row in enumerate(ids)], 0),
             "learned": torch.tensor([int((row[1:] != IGNORED).sum()) for row in targets]),
         }
-        if len(lines) < len(rows):
-            batch["position_ids"] = lay([np.arange(len(row) - 1) for row in ids], 0)
+        if packed:
+            batch["position_ids"] = lay([np.arange(size) for size in sizes], 0)
+            bounds = _bounds([sizes[line] for line in lines], width)
+            batch["bounds"] = torch.from_numpy(bounds.astype(np.int32))
+            batch["longest"] = torch.empty(_rounded_up(int(np.diff(bounds).max()), 1), 0)
         elif len({len(row) for row in ids}) > 1:
             batch["attention_mask"] = lay([np.ones(len(row) - 1) for row in ids], 0)
         return batch
@@ -155,9 +179,11 @@ class LanguageTask(Task, ABC):
     def _hidden(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Return the last states [lines, longest, width]."""
         from trainworks.heads import backbone
+        from trainworks.speed.packed_attention import rows_apart
 
         # With a cache, transformers does not look for rows in position_ids, and packed ones would see one another.
-        hidden: Tensor = backbone(model)(**self.inputs(batch), use_cache=False).last_hidden_state
+        with rows_apart(model, batch) as told:
+            hidden: Tensor = backbone(model)(**self.inputs(batch), **told, use_cache=False).last_hidden_state
         return hidden
 
     def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
