@@ -98,14 +98,22 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     folder = export(run) if record.status == "complete" else None
     run.world.leave()
     if folder is None:
-        code = EXIT_INTERRUPTED if record.status == "interrupted" else EXIT_PREEMPTED
-        return Outcome(
-            code=code,
-            reason=f"{record.status} after step {record.step} of {record.steps_total}, saved; the same command goes on",
-        )
+        return _stopped(config, record)
     if _is_main():
         _publish(config, record, folder)
     return Outcome(code=EXIT_OK, reason=_ending(record))
+
+
+def _stopped(config: RunConfig[Any], record: RunRecord) -> Outcome:
+    """Say where the run stopped, and from where it goes on: on a full disk that may be an earlier step."""
+    from trainworks.checkpoint import checkpoints
+
+    saved = max((checkpoint.step for checkpoint in checkpoints(Path(config.output))), default=0)
+    what = "saved" if saved == record.step else f"not saved since step {saved}, for the disk is full"
+    return Outcome(
+        code=EXIT_INTERRUPTED if record.status == "interrupted" else EXIT_PREEMPTED,
+        reason=f"{record.status} after step {record.step} of {record.steps_total}, {what}; the same command goes on",
+    )
 
 
 def quieten_libraries() -> None:
