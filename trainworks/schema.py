@@ -232,7 +232,8 @@ class Faults(Settings):
     full_disk: Literal["stop", "go_on"] = "stop"
     """What becomes of a run that cannot save since the disk is full; the checkpoints before stay in any case."""
     rank_timeout: Count = 600
-    """Seconds without a sign of life after which a process is taken to hang, and the others end."""
+    """Seconds without a sign of life, or of waiting for one process, after which that is taken to hang, and the others
+    end; more than the longest save takes."""
     stop_within: Count = 25
     """Seconds after a SIGTERM in which the run saves and ends, or ends without; torchrun kills after 30."""
 

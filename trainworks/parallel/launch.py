@@ -119,13 +119,13 @@ class World:
         return dict(zip(values, joined.split([len(value) for value in values.values()]), strict=True))
 
     def gather(self, value: T, group: ProcessGroup | None = None) -> list[T]:
-        """Return every rank's value, in rank order; with a group of one's own, however long the others take. All
-        ranks."""
+        """Return every rank's value, in rank order, through a group of one's own if one is given. All ranks."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
+        # What is saved beside training is not what the main thread waits for.
         in_main_thread = threading.current_thread() is threading.main_thread()
-        with self._waiting(patient=group is not None) if in_main_thread else nullcontext():
+        with self._waiting() if in_main_thread else nullcontext():
             torch.distributed.all_gather_object(values, value, group=group)
         return values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ def test_packed_rows_that_see_one_another_are_caught(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(SFT, "verify_packing", lambda *_: None)
     monkeypatch.setattr(SFT, "inputs", without_positions)
+    monkeypatch.setattr("trainworks.speed.packed_attention.rows_apart", lambda *_: nullcontext({}))
     batch = Batch(per_step=5, micro=2, pack=128)
     packed = measured(tmp_path, "sft", "packed", batch=batch)
     assert not compare(packed, measured(tmp_path, "sft", "rows", batch=batch, apart=True)).within(FLOAT32)
