@@ -42,9 +42,7 @@ ENDED = {
 FEW = [
     (2, 1, "preparing", "killed"),
     (2, 1, "5", "killed"),
-    (2, 0, "5", "killed"),
-    (2, 1, "5", "raises"),
-    (2, 1, "5", "exits"),
+    (2, 0, "5", "exits"),
     (2, 1, "5", "stopped"),
     (2, 1, "saving", "stands"),
     (2, 1, "evaluating", "raises"),
