@@ -17,8 +17,7 @@ __all__ = ["TrainStep", "train_steps"]
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one optimizer step did. `loss` and `grad_norm` are scalars on the device, equal on all ranks; reading one
-    waits for it."""
+    """What one optimizer step did; its tensors are on the device, equal on all ranks, and reading one waits for it."""
 
     number: int
     """Steps done so far, this one included."""
@@ -47,7 +46,6 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
     Where `run` is put back to a checkpoint between two steps, it goes on from there.
     """
     parameters = [parameter for parameter in run.step.parameters() if parameter.requires_grad]
-    limit = float("inf") if run.config.optim.max_grad_norm == "off" else run.config.optim.max_grad_norm
     run.step.train()
     while run.progress.step < run.plan.num_steps:
         for window in run.windows():
@@ -67,7 +65,7 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
             norm = gradient_norm(parameters)
             spoiled = run.world.largest(run.watch.judge(number, total, norm))
             lr = learning_rate(run.config.optim, number - 1, run.plan.num_steps)
-            take_step(run.optimizer, lr, spoiled, norm=norm, limit=limit)
+            take_step(run.optimizer, run.config.optim, lr=lr, norm=norm, spoiled=spoiled)
             run.progress.step = number
             run.progress.samples += window.samples
             run.progress.tokens += window.tokens

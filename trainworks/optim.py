@@ -77,13 +77,14 @@ def num_moments(optim: Optim) -> int:
     return {"adamw": 2, "sgd": 1 if optim.betas[0] else 0}[optim.name]
 
 
-def take_step(optimizer: Optimizer, lr: float, spoiled: Tensor, *, norm: Tensor, limit: float) -> None:
-    """Change the weights at the rate `lr`, by gradients scaled so that their global `norm` is at most `limit`, and
-    forget these; where `spoiled`, a scalar on the device, is 1.0, weights and moments stay as they are.
+def take_step(optimizer: Optimizer, optim: Optim, *, lr: float, norm: Tensor, spoiled: Tensor) -> None:
+    """Change the weights at the rate `lr`, by gradients scaled so that their global `norm` is at most what `optim`
+    says, and forget these; where `spoiled`, a scalar on the device, is 1.0, weights and moments stay as they are.
 
     Both are torch's ways to deal with scaled gradients that may have overflowed: no pass over the gradients, and no
     look at the device.
     """
+    limit = float("inf") if optim.max_grad_norm == "off" else optim.max_grad_norm
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]

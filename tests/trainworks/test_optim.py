@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -49,14 +50,14 @@ def test_frozen_weights_are_not_optimized() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
 
 
-def stepped(name: str, *, limit: float) -> tuple[float, torch.Tensor]:
+def stepped(name: str, *, limit: float | Literal["off"]) -> tuple[float, torch.Tensor]:
     weight = torch.nn.Parameter(torch.zeros(2, 1))
     weight.grad = torch.tensor([[3.0], [4.0]])
     norm = gradient_norm([weight])
     adamw = {"weight_decay": 0.0, "eps": 1.0} if name == "adamw" else {}
-    optim = Optim(name=name, lr=1.0, betas=(0.0, 0.0), **adamw)
+    optim = Optim(name=name, lr=1.0, betas=(0.0, 0.0), max_grad_norm=limit, **adamw)
     optimizer = build_optimizer(optim, torch.nn.ParameterList([weight]))
-    take_step(optimizer, 1.0, torch.tensor(0.0), norm=norm, limit=limit)
+    take_step(optimizer, optim, lr=1.0, norm=norm, spoiled=torch.tensor(0.0))
     assert weight.grad is None
     return norm.item(), weight.detach()
 
@@ -68,7 +69,8 @@ def test_the_step_is_that_of_gradients_scaled_to_the_limit() -> None:
     assert weight[1].item() == pytest.approx(-0.8, rel=1e-4)
     norm, weight = stepped("adamw", limit=1.0)
     assert weight[1].item() == pytest.approx(-0.8 / 1.8, rel=1e-4)
-    for limit in (6.0, math.inf):
+    limits: tuple[float | Literal["off"], ...] = (6.0, "off")
+    for limit in limits:
         assert stepped("sgd", limit=limit)[1].norm().item() == pytest.approx(5.0, rel=1e-6)
 
 

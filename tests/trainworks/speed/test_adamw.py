@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import finetune
-from trainworks import Batch, Speed, train_steps
+from trainworks import Batch, Optim, Speed, train_steps
 from trainworks.optim import gradient_norm, take_step
 from trainworks.speed import adamw
 from trainworks.speed.adamw import OnePassAdamW
@@ -65,7 +65,8 @@ def test_where_nothing_is_compiled_torch_does_it_all() -> None:
 
 def step(optimizer: torch.optim.Optimizer, each: nn.Module, spoiled: float = 0.0) -> None:
     norm = gradient_norm(each.parameters())
-    take_step(optimizer, LR, torch.tensor(spoiled), norm=norm, limit=LIMIT)
+    optim = Optim(lr=LR, max_grad_norm=LIMIT)
+    take_step(optimizer, optim, lr=LR, norm=norm, spoiled=torch.tensor(spoiled))
 
 
 @pytest.mark.parametrize("first", [0.9, 0.0])
