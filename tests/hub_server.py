@@ -6,10 +6,14 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 TOKEN = "hf_" + "a" * 34
 
@@ -250,3 +254,14 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
     entry["oid"] = hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
     large = {"lfs": {"oid": digest, "size": len(content), "pointerSize": len(stored)}}
     return entry | large if _is_large(path) else entry
+
+
+@contextmanager
+def reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Let huggingface_hub find a server of this machine in the Hub's place, as if online."""
+    with HubServer() as server:
+        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield server

@@ -39,19 +39,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         path = tmp_path / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{line}\n", encoding="utf-8")
         path.chmod(0o755)
-    tiny.save_model(tmp_path / "model", "sft")
-    tiny.save_rows(tmp_path / "rows.jsonl", "sft", 60)
-    run = {
-        "output": "unused",
-        "task": {"type": "sft", "max_length": 128},
-        "model": {"name": str(tmp_path / "model")},
-        "data": {"source": str(tmp_path / "rows.jsonl"), "holdout": 0.2},
-        "batch": {"per_step": 4, "micro": 2},
-        "budget": {"steps": 5000},
-        "optim": {"lr": 1e-3},
-        "every": {"log": 1},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    tiny.save_run(tmp_path, budget={"steps": 5000})
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "SLURM_"))}
     return inherited | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",

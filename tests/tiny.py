@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import finetune
 from trainworks import Batch, Budget, Data, Every, FromScratch, Full, LoRA, Mixture, NewTokenizer, Optim, Pretrained
 from trainworks.models import initialise
@@ -93,3 +95,20 @@ def config(
         "every": Every(log=1),
     }
     return finetune.Config(**(settings | changes))
+
+
+def save_run(folder: Path, **changes: Any) -> Path:
+    """Write a model with dropout, rows, and a run file over them into a folder, and return the file."""
+    save_model(folder / "model", "sft", dropout=0.1)
+    save_rows(folder / "rows.jsonl", "sft", 60)
+    run = {
+        "output": "run",
+        "task": {"type": "sft", "max_length": 128},
+        "model": {"name": str(folder / "model")},
+        "data": {"source": str(folder / "rows.jsonl"), "holdout": 0.2},
+        "batch": {"per_step": 4, "micro": 2},
+        "optim": {"lr": 1e-3},
+        "every": {"log": 1},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run | changes), encoding="utf-8")
+    return folder / "run.yaml"

@@ -105,9 +105,12 @@ def run_schema() -> dict[str, object]:
     }
 
 
+_RunFile = Annotated[Path, typer.Argument(help="The run file (YAML).")]
+
+
 @app.command("preview")
 def _preview(
-    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    config: _RunFile,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, as task.learn=last.", metavar="KEY=VALUE")
     ] = None,
@@ -139,7 +142,7 @@ def _run_config(path: Path, overrides: list[str]) -> RunConfig[Any]:
 
 @app.command("prepare")
 def _prepare(
-    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    config: _RunFile,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, as data.clean.workers=4.", metavar="KEY=VALUE")
     ] = None,
@@ -183,7 +186,7 @@ def _tokenizer(
 
 @app.command("verify-resume")
 def _verify_resume(
-    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    config: _RunFile,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, as deterministic=true.", metavar="KEY=VALUE")
     ] = None,
@@ -198,7 +201,7 @@ def _verify_resume(
 
         quieten_libraries()
         for line in verify_resume(settings, steps=steps, ranks=ranks):
-            print(line, flush=True)
+            say(line, sys.stdout)
         return 0
 
     raise typer.Exit(guarded(verify))
@@ -206,7 +209,7 @@ def _verify_resume(
 
 @app.command("selfcheck")
 def _selfcheck(
-    config: Annotated[Path, typer.Argument(help="The run file (YAML).")],
+    config: _RunFile,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it, as batch.per_step=8.", metavar="KEY=VALUE")
     ] = None,
@@ -220,7 +223,7 @@ def _selfcheck(
         from trainworks.checks.invariance import selfcheck
 
         for line in selfcheck(settings, steps=steps, ranks=ranks):
-            print(line, flush=True)
+            say(line, sys.stdout)
         return 0
 
     raise typer.Exit(guarded(check))

@@ -61,7 +61,7 @@ def run_process(app: typer.Typer) -> NoReturn:
     try:
         app()
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else EXIT_OK
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,7 +21,7 @@ import tiny
 import torch
 import transformers
 import yaml
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, reached
 from peft import PeftModel
 from transformers import AutoTokenizer
 
@@ -293,11 +293,7 @@ def test_a_precision_that_is_not_supported_is_told(
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer() as server:
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with reached(monkeypatch) as server:
         yield server
 
 

@@ -14,35 +14,21 @@ import pytest
 
 from trainworks import record
 from trainworks.checkpoint import Checkpoint, Saver, checkpoints, folder, restore, restoring, saving, verify
-from trainworks.errors import CheckpointError
 from trainworks.fail_points import FAIL_POINTS
+from trainworks.parallel.launch import World
 from trainworks.record import file_sha256
 from trainworks.run import Progress
 from trainworks.schema import Every, Faults, Speed
 
 pytestmark = pytest.mark.faults
 
+ONE_RANK: Any = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
+
 HISTORIES, ACTS = (500 if os.environ.get("TRAINWORKS_FAULTS") == "all" else 100), 20
 
 
 class Killed(BaseException):
     """What a SIGKILL leaves on the disk."""
-
-
-class World:
-    """One rank."""
-
-    is_main, rank, ranks, beside = True, 0, 1, None
-
-    def gather(self, value: Any, group: object = None) -> list[Any]:
-        return [value]
-
-    def agree(self, action: Any) -> str | None:
-        try:
-            action()
-        except (CheckpointError, OSError) as error:
-            return str(error)
-        return None
 
 
 @dataclass
@@ -73,7 +59,7 @@ class Run(SimpleNamespace):
 def made(place: Path, keep: int) -> Any:
     config = SimpleNamespace(every=Every(keep=keep), speed=Speed(), faults=Faults())
     record = SimpleNamespace(notes=())
-    return Run(folder=place, config=config, world=World(), progress=Progress(), record=record, optimizer=None)
+    return Run(folder=place, config=config, world=World(ONE_RANK), progress=Progress(), record=record, optimizer=None)
 
 
 @dataclass

@@ -23,7 +23,7 @@ import pytest
 import tiny
 import yaml
 from datasets import Dataset, DatasetDict
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, reached
 from pyarrow import parquet
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -709,11 +709,7 @@ def test_at_least_25_malicious_files_were_tried(request: pytest.FixtureRequest) 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer() as server:
-        address = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with reached(monkeypatch) as server:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

@@ -17,7 +17,6 @@ from uuid import uuid4
 
 import pytest
 import tiny
-import yaml
 
 from trainworks import Faults, read_record
 from trainworks.checkpoint import checkpoints, verify
@@ -50,19 +49,7 @@ class Started(subprocess.Popen[bytes]):
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of many tiny steps, with dropout, that nothing interrupts."""
     folder = tmp_path_factory.mktemp("stopping")
-    tiny.save_model(folder / "model", "sft", dropout=0.1)
-    tiny.save_rows(folder / "rows.jsonl", "sft", 60)
-    run = {
-        "output": "run",
-        "task": {"type": "sft", "max_length": 128},
-        "model": {"name": "./model"},
-        "data": {"source": "rows.jsonl", "holdout": 0.2},
-        "batch": {"per_step": 4, "micro": 2},
-        "budget": {"steps": STEPS},
-        "optim": {"lr": 1e-3},
-        "every": {"log": 1},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    tiny.save_run(folder, budget={"steps": STEPS})
     return folder
 
 

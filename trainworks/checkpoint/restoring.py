@@ -28,9 +28,9 @@ def restore(run: Run) -> Checkpoint | None:
         if problem is None:
             _load(run, checkpoint)
             return checkpoint
-        if stuck := world.agree(partial(set_aside, checkpoint) if world.is_main else bool):
-            raise CheckpointError(f"{checkpoint.path} is damaged ({problem}) and cannot be set aside: {stuck}")
-        note = f"Checkpoint {checkpoint.path.name} was damaged and set aside ({problem.split(': ', 1)[-1]})."
+        if stuck := world.agree(partial(set_aside, checkpoint), main_only=True):
+            raise CheckpointError(f"{checkpoint.path} is damaged ({problem.text}), and stays: {stuck.text}")
+        note = f"Checkpoint {checkpoint.path.name} was damaged and set aside ({problem.text.split(': ', 1)[-1]})."
         run.note(notes=(*run.record.notes, note))
     return None
 

@@ -7,18 +7,17 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from safetensors import SafetensorError
-
 from trainworks.checkpoint.folder import Checkpoint, checkpoints, mark_best, prune, sweep, write_manifest
 from trainworks.checkpoint.snapshot import HostCopies, Snapshot, expected_bytes, snapshot
-from trainworks.errors import CheckpointError, ToolkitError
+from trainworks.errors import CheckpointError
 from trainworks.fail_points import reached
-from trainworks.full_disk import amount, is_full, room
+from trainworks.full_disk import amount, room
+from trainworks.parallel.launch import Problem
 from trainworks.record import file_sha256, sync, write_json
 from trainworks.run import Run
 
@@ -38,16 +37,10 @@ def save(run: Run, *, best: bool = False) -> Checkpoint:
     return Checkpoint(_path(run.folder, run.progress.step))
 
 
-@dataclass(frozen=True)
-class _Problem:
-    text: str
-    disk_is_full: bool
-
-
 class _SaveError(Exception):
     """Some rank could not do its part; all ranks raise it alike."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
 
@@ -60,7 +53,7 @@ class Saver:
         background = run.config.speed.background_saving if background is None else background
         self._copies = HostCopies(run.optimizer) if background else None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="saving")
-        self._writing: Future[_Problem | None] | None = None
+        self._writing: Future[Problem | None] | None = None
 
     def __enter__(self) -> Self:
         self._alone(lambda: sweep(self.run.folder))
@@ -124,7 +117,7 @@ class Saver:
         written, self._writing = self._writing, None
         return self._settled(written.result())
 
-    def _settled(self, problem: _Problem | None) -> str | None:
+    def _settled(self, problem: Problem | None) -> str | None:
         if problem is None:
             return None
         text = f"saving failed: {problem.text}. Earlier checkpoints are as they were"
@@ -133,7 +126,7 @@ class Saver:
         self.run.note(notes=(*self.run.record.notes, text))
         return text
 
-    def _write(self, taken: Snapshot, best: bool) -> _Problem | None:
+    def _write(self, taken: Snapshot, best: bool) -> Problem | None:
         if self._copies is not None:
             self._copies.wait()
         final = _path(self.run.folder, taken.step)
@@ -174,14 +167,8 @@ class Saver:
 
     def _together(self, act: Callable[[], object], *, main_only: bool = False) -> None:
         """Act on every rank, or on the main one for all; `_SaveError` on all of them when any could not."""
-        problem = None
-        try:
-            if self.run.world.is_main or not main_only:
-                act()
-        except (ToolkitError, OSError, SafetensorError) as error:
-            problem = _Problem(str(error), is_full(error))
-        if first := next((found for found in self._gather(problem) if found is not None), None):
-            raise _SaveError(first)
+        if problem := self.run.world.agree(act, main_only=main_only, group=self.run.world.beside):
+            raise _SaveError(problem)
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -217,7 +204,7 @@ def _check_room(folder: Path, needed: int, what: str) -> None:
         raise OSError(errno.ENOSPC, f"{folder} has {room(folder)} free, and {what} take {amount(needed)} more")
 
 
-def _with_numbers(problem: _Problem, folder: Path, needed: int) -> _Problem:
+def _with_numbers(problem: Problem, folder: Path, needed: int) -> Problem:
     if not problem.disk_is_full:
         return problem
     return replace(

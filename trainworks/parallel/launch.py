@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainworks.errors import LaunchError, ToolkitError
+from trainworks.full_disk import is_full
 from trainworks.parallel.restarts import init_method
 from trainworks.parallel.watchdog import Watchdog, join
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from trainworks.data.loading import Batch
 
-__all__ = ["World", "start"]
+__all__ = ["Problem", "World", "start"]
 
 T = TypeVar("T")
 
@@ -34,6 +35,14 @@ PATIENCE = timedelta(days=7)
 """How long a rank waits for work that one of them does for all, such as tokenizing: such a wait holds no device."""
 MARGIN = 3
 """Seconds by which a collective outlasts the watchdog, which can say who is missing."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What kept some rank from doing its part."""
+
+    text: str
+    disk_is_full: bool
 
 
 @dataclass(frozen=True)
@@ -145,14 +154,18 @@ class World:
                 torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return value
 
-    def agree(self, action: Callable[[], object]) -> str | None:
-        """Do something on every rank and return the first problem any of them had, or None. All ranks."""
+    def agree(
+        self, action: Callable[[], object], *, main_only: bool = False, group: ProcessGroup | None = None
+    ) -> Problem | None:
+        """Do something on every rank, or on the main one for all, and return the first problem any of them had, or
+        None. All ranks; `group` as in `gather`."""
         problem = None
         try:
-            action()
+            if self.is_main or not main_only:
+                action()
         except (ToolkitError, OSError, SafetensorError) as error:
-            problem = str(error)
-        return next((found for found in self.gather(problem) if found is not None), None)
+            problem = Problem(str(error), is_full(error))
+        return next((found for found in self.gather(problem, group) if found is not None), None)
 
     @contextmanager
     def accumulating(self, module: nn.Module, *, sync: bool) -> Iterator[None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,63 +70,55 @@ def _attention(  # noqa: PLR0913, transformers decides
     query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
     fits = width <= 256 and width % 8 == 0 and width == value.shape[-1]
     attend = _KERNELS[query.device.type] if fits else _by_rows
-    out = attend(query, key, value, cu_seq_lens_q, max_length_q, dropout, scaling, sliding_window)
+    out = attend(query, key, value, _Rows(cu_seq_lens_q, max_length_q, dropout, scaling, sliding_window))
     return out.view(lines, tokens, heads, -1), None
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    longest: int,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
+class _Rows(NamedTuple):
+    """How rows attend: where each begins, and what is asked of attention besides."""
+
+    bounds: Tensor
+    longest: int
+    dropout: float
+    scaling: float | None
+    window: int | None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, rows: _Rows) -> Tensor:
     """FlashAttention-2 over rows of any length; torch's `varlen_attn` is the same kernel, but wants as many heads of
     keys as of queries until torch 2.12, and has no dropout."""
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        dropout,
+        rows.bounds,
+        rows.bounds,
+        rows.longest,
+        rows.longest,
+        rows.dropout,
         True,
         False,
-        scale=scaling,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+        scale=rows.scaling,
+        window_size_left=None if rows.window is None else rows.window - 1,
+        window_size_right=None if rows.window is None else 0,
     )[0]
     return out
 
 
-def _by_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    longest: int,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
+def _by_rows(query: Tensor, key: Tensor, value: Tensor, rows: _Rows) -> Tensor:
     """The same, row by row; reads `bounds` from the device."""
     outs = []
-    for start, end in zip(bounds.tolist(), bounds[1:].tolist(), strict=False):
+    for start, end in itertools.pairwise(rows.bounds.tolist()):
         own, keys, values = (each[start:end].transpose(0, 1)[None] for each in (query, key, value))
         outs.append(
             scaled_dot_product_attention(
                 own,
                 keys,
                 values,
-                attn_mask=None if window is None else _band(end - start, window, query.device),
-                dropout_p=dropout,
-                is_causal=window is None,
-                scale=scaling,
+                attn_mask=None if rows.window is None else _band(end - start, rows.window, query.device),
+                dropout_p=rows.dropout,
+                is_causal=rows.window is None,
+                scale=rows.scaling,
                 enable_gqa=True,
             )[0].transpose(0, 1)
         )

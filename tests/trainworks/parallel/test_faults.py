@@ -18,7 +18,6 @@ from uuid import uuid4
 
 import pytest
 import tiny
-import yaml
 
 from trainworks import read_record
 from trainworks.record import read_outcome
@@ -75,20 +74,13 @@ class Launched:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of some tiny steps, with dropout."""
     folder = tmp_path_factory.mktemp("faults")
-    tiny.save_model(folder / "model", "sft", dropout=0.1)
-    tiny.save_rows(folder / "rows.jsonl", "sft", 60)
-    run = {
-        "output": "run",
-        "task": {"type": "sft", "max_length": 128},
-        "model": {"name": "./model"},
-        "data": {"source": "rows.jsonl", "holdout": 0.2},
-        "batch": {"per_step": 6, "micro": 1},
-        "budget": {"steps": 16},
-        "optim": {"lr": 1e-3},
-        "every": {"log": 1, "save": 4, "evaluate": 8},
-        "faults": {"rank_timeout": TIMEOUT},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    tiny.save_run(
+        folder,
+        batch={"per_step": 6, "micro": 1},
+        budget={"steps": 16},
+        every={"log": 1, "save": 4, "evaluate": 8},
+        faults={"rank_timeout": TIMEOUT},
+    )
     return folder
 
 
