@@ -37,6 +37,7 @@ HOW: dict[str, Callable[[], Any]] = {
 def break_at(place: str, how: Callable[[], Any], mark: Path) -> None:
     """Break in the first exchange at a place: that is inside an evaluation, a save, a step."""
     from trainworks.parallel.launch import World
+    from trainworks.parallel.watchdog import BEAT
 
     steps = 0
 
@@ -48,6 +49,7 @@ def break_at(place: str, how: Callable[[], Any], mark: Path) -> None:
             if sys._getframe(1).f_globals["__name__"].startswith(caller):
                 steps += 1
                 if steps > after:
+                    time.sleep(3 * BEAT)  # a place that lasts: the others know of it by its signs of life
                     mark.touch()
                     how()
             return exchange(self, *arguments, **options)
