@@ -53,22 +53,25 @@ def run_ranks(
     ranks: int,
     mode: Mode = "ddp",
     precision: Literal["no", "bf16"] = "no",
+    sizes: dict[str, int] | None = None,
     timeout: float = 120.0,
 ) -> list[Any]:
     """Call `target(**arguments)` in each rank and return the ranks' results, in rank order.
 
     `target` is `path/to/file.py:function`; arguments and results travel as JSON. With `ranks=1` it is one plain CPU
-    process outside any process group, whatever the mode. AssertionError, with the tails of the failing ranks' output,
+    process outside any process group, whatever the mode. `sizes` are a hardware file's `parallelism_config`, such as
+    `tp: 2`. AssertionError, with the tails of the failing ranks' output,
     when a rank fails, when `timeout` seconds pass, or when the processes did not form one world of `ranks`.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
-        port = free_port()
+        port, sizes = free_port(), sizes or {}
         processes = []
         try:
             for rank in range(ranks):
                 environment = _environment(rank, ranks=ranks, mode=mode, precision=precision, port=port)
+                environment |= {f"PARALLELISM_CONFIG_{key.upper()}_SIZE": str(size) for key, size in sizes.items()}
                 processes.append(_start(rank, target, folder, environment))
             _wait(processes, folder, time.monotonic() + timeout)
         finally:

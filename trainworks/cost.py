@@ -73,7 +73,7 @@ class CostMeter:
         if rate is None or not peaks:
             return None
         length = self.run.progress.tokens / self.run.progress.samples
-        return rate * flops_per_token(self.run.model, length) / (peaks[0] * self.run.world.ranks)
+        return rate * flops_per_token(self.run.model, length) / (peaks[0] * self.run.world.processes)
 
 
 def flops_per_token(model: PreTrainedModel, length: float) -> float:

@@ -36,6 +36,7 @@ def environment(world: World) -> Environment:
         versions={name: version(name) for name in _PACKAGES},
         device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor_name(),
         world_size=world.accelerator.num_processes,
+        layout=world.layout.sizes(),
         distributed=world.accelerator.distributed_type.value,
         mixed_precision=world.accelerator.mixed_precision,
         git_commit=commit,

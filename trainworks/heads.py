@@ -11,13 +11,30 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-__all__ = ["Head", "backbone"]
+__all__ = ["Head", "backbone", "repeated_layers"]
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """Return the part of a language model that ends in hidden states."""
     inner: nn.Module = model.base_model
     return inner
+
+
+def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the layers that a model is a stack of, in order: those that transformers keeps on one device, or where it
+    names none, the lists of modules that are alike and hold weights."""
+    from torch.nn import ModuleList
+
+    if kinds := set(model._no_split_modules or ()):
+        return [module for module in model.modules() if type(module).__name__ in kinds]
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        alike = isinstance(module, ModuleList) and len({type(each) for each in module}) == 1
+        if alike and module not in inside and any(True for _ in module.parameters()):
+            found += module.children()
+            inside |= set(module.modules())
+    return found
 
 
 _SCALES: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trainworks.data.loading import Batch
-from trainworks.optim import gradient_norm, learning_rate, take_step
+from trainworks.optim import learning_rate, take_step
+from trainworks.parallel.norm import gradient_norm
 from trainworks.run import Run
 
 __all__ = ["TrainStep", "train_steps"]
@@ -52,17 +53,11 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
             number = run.progress.step + 1
             counts = run.world.total(_by_source(run, window.batches, [run.task.count(each) for each in window.batches]))
             whole = {name: count.sum().clamp(min=1) for name, count in counts.items()}
-            done = []
-            for batch in window.batches:
-                with run.world.accumulating(run.step, sync=batch is window.batches[-1]):
-                    terms = run.step(batch)
-                    loss = sum((terms[name] * batch["weight"]).sum() / count for name, count in whole.items())
-                    (loss * run.world.ranks).backward()  # ranks are averaged when gradients meet
-                    done.append({name: term.detach() for name, term in terms.items()})
+            done = run.passes.backward(window.batches, whole)
             sums = run.world.total(_by_source(run, window.batches, done))
             total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()
             apart = torch.stack([sums[name] / count for name, count in counts.items()]).sum(0)
-            norm = gradient_norm(parameters)
+            norm = gradient_norm(parameters, run.world)
             spoiled = run.world.largest(run.watch.judge(number, total, norm))
             lr = learning_rate(run.config.optim, number - 1, run.plan.num_steps)
             take_step(run.optimizer, run.config.optim, lr=lr, norm=norm, spoiled=spoiled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from trainworks.schema import Optim
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from trainworks.speed.working_weights import WorkingWeights
 
-__all__ = ["build_optimizer", "gradient_norm", "learning_rate", "num_moments", "take_step"]
+__all__ = ["build_optimizer", "learning_rate", "num_moments", "take_step"]
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -91,17 +91,3 @@ def take_step(optimizer: Optimizer, optim: Optim, *, lr: float, norm: Tensor, sp
     optimizer.found_inf = spoiled  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
-
-
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the global norm of the gradients, a float32 scalar on the device at least. All ranks."""
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    short = [gradient for gradient in gradients if gradient.dtype.itemsize < 4]
-    # torch's own total rounds each gradient's norm to the gradient's type.
-    norms = list(torch._foreach_norm(short, dtype=torch.float32)) if short else []
-    norms.append(torch.nn.utils.get_total_norm([each for each in gradients if each.dtype.itemsize >= 4]))
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.linalg.vector_norm(torch.stack(norms)) if short else norms[0]

@@ -23,6 +23,7 @@ _CHANGEABLE = (
     "accept",
     "every",
     "faults",
+    "layout",
     "trackers",
     "hub",
     "goal",

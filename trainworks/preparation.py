@@ -47,6 +47,7 @@ def begin(config: Config) -> World:
     models.check(config.model)
     check_trackers(config.trackers)
     return start(
+        wish=config.layout,
         seed=config.seed,
         deterministic=config.deterministic,
         trackers=config.trackers,
@@ -86,10 +87,10 @@ def assemble(
     rounded = None if world.rounding is None else WorkingWeights(model, world.rounding)
     step = world.wrap(Step(model, task, processor, rounded=rounded))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.
-    torch.manual_seed(int(mix(config.seed, world.rank)) % 2**63)
+    torch.manual_seed(int(mix(config.seed, world.share)) % 2**63)
     micro = _micro(config.batch, data.samples, world, models.vocabulary(model))
     order = plan(config, data)
-    accumulates = world.ranks > 1 or order.per_step > micro
+    accumulates = world.averaged > 1 or order.per_step > micro
     record = RunRecord(
         kind=kind,
         started=datetime.now(UTC).isoformat(timespec="seconds"),

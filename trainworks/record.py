@@ -250,6 +250,8 @@ class Environment(_Fact):
     device: str
     """The device's name, such as `NVIDIA H100 80GB HBM3` or the processor's."""
     world_size: int
+    layout: dict[str, int] = {}
+    """Over what its processes are laid out, where there are several: `shard`, `tensor`, ..., with sizes."""
     distributed: str
     """`NO`, `MULTI_GPU`, `FSDP`, ..., as accelerate says it."""
     mixed_precision: str

@@ -26,7 +26,7 @@ def resume(run: Run) -> Run:
     changes = accepted_changes(run.config, old.config) + _other_contents(run, old)
     checkpoint = restore(run)
     step = run.progress.step
-    if checkpoint and run.config.batch.micro == "auto" and old.environment.world_size == run.world.ranks:
+    if checkpoint and run.config.batch.micro == "auto" and old.environment.layout == run.world.layout.sizes():
         # The same cut into micro-batches, whatever `auto` says today: it decides which random numbers dropout draws.
         run.micro = checkpoint.state()["micro"]
     run.note(
@@ -99,5 +99,5 @@ def _measured_before(run: Run, old: RunRecord) -> list[str]:
 
 
 def _moved(ranks: int, run: Run) -> list[str]:
-    here = run.world.ranks
+    here = run.world.processes
     return [] if here == ranks else [f"Continued at step {run.progress.step} on {here} processes instead of {ranks}."]

@@ -17,6 +17,7 @@ from trainworks.data.order import Plan
 from trainworks.data.packing import Packs
 from trainworks.errors import CheckpointError
 from trainworks.full_disk import is_full, room
+from trainworks.parallel.passes import Passes
 from trainworks.record import EvalReport, RunRecord
 from trainworks.speed.working_weights import WorkingWeights
 from trainworks.tasks import Processor, Task
@@ -123,6 +124,11 @@ class Run:
         return self.tuned.model
 
     @property
+    def passes(self) -> Passes:
+        """How the step is called on micro-batches."""
+        return Passes(self.world, self.step)
+
+    @property
     def samples(self) -> Samples:
         """What is trained on."""
         return Samples(self.train, self.packs)
@@ -227,7 +233,7 @@ class Run:
             "model": f"{model.architecture}, {model.num_parameters:,} parameters, {model.num_trainable:,} trained",
             "data": f"{self.record.data.source}: {self.plan.num_samples:,} samples, {held_out:,} held out",
             "steps": f"{self.progress.step:,} of {self.plan.num_steps:,}, {self.plan.per_step} samples each",
-            "machine": f"{self.world.ranks} x {self.record.environment.device}",
+            "machine": f"{self.world.processes} x {self.record.environment.device}",
             "output": str(self.folder),
         }
         left = 'style="text-align: left"'

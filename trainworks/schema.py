@@ -33,6 +33,7 @@ __all__ = [
     "Full",
     "Goal",
     "Hub",
+    "Layout",
     "LoRA",
     "NewTokenizer",
     "Optim",
@@ -192,6 +193,18 @@ class Speed(Settings):
     """Write checkpoints while training goes on, from a copy in the host's memory."""
 
 
+class Layout(Settings):
+    """What the hardware file has no word for: how the processes share one model's layers and experts."""
+
+    pipeline: Count = 1
+    """Processes, or groups of them, that each hold some of the layers."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    """In which order a pipeline works on micro-batches: GPipe (arXiv:1811.06965), 1F1B and interleaved 1F1B
+    (arXiv:2104.04473), zero-bubble (arXiv:2401.10241)."""
+    expert: Count = 1
+    """Processes that each hold some of a layer's experts; those of the hardware file's tensor size."""
+
+
 Interval = Count | Literal["end"]
 
 
@@ -304,6 +317,8 @@ class RunConfig(Settings, Generic[TaskT]):
     """How to train."""
     speed: Speed = Speed()
     """How to compute."""
+    layout: Layout = Layout()
+    """How to share one model out, where the hardware file has no word for it."""
     every: Every = Every()
     """When to log, evaluate, save."""
     faults: Faults = Faults()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from trainworks import Optim
-from trainworks.optim import build_optimizer, gradient_norm, learning_rate, take_step
+from trainworks.optim import build_optimizer, learning_rate, take_step
+from trainworks.parallel.norm import gradient_norm
 
 
 def rates(optim: Optim, number: int = 10) -> list[float]:

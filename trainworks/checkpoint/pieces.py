@@ -12,10 +12,10 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trainworks.checkpoint.folder import Checkpoint
 from trainworks.errors import CheckpointError
+from trainworks.parallel.launch import World
 from trainworks.run import Run
 
 __all__ = ["Piece", "Pieces", "buffers", "named_tensors", "owned", "trained"]
@@ -62,24 +62,30 @@ class Piece:
 _INDEX = TypeAdapter(dict[str, Piece])
 
 
-def owned(tensors: dict[str, Tensor], rank: int) -> Iterator[tuple[str, Tensor, Piece]]:
+def owned(tensors: dict[str, Tensor], world: World) -> Iterator[tuple[str, Tensor, Piece]]:
     """Yield (name, this rank's part, its place) of the tensors that this rank is the one to write a part of."""
     for name, tensor in tensors.items():
-        local, box, owns = _local(tensor, rank)
-        if owns and local.numel():
+        local, box = _local(tensor)
+        if world.keeps(tensor) and local.numel():
             yield name, local.detach(), Piece(tuple(tensor.shape), box, str(tensor.dtype).removeprefix("torch."))
 
 
-def _local(tensor: Tensor, rank: int) -> tuple[Tensor, Box, bool]:
-    """Return this rank's part of a tensor, where it lies in the whole, and whether this rank is the one to write it."""
+def _local(tensor: Tensor) -> tuple[Tensor, Box]:
+    """Return this rank's part of a tensor, and where it lies in the whole."""
+    box = [(0, size) for size in tensor.shape]
     if not isinstance(tensor, DTensor):
-        return tensor, tuple((0, size) for size in tensor.shape), rank == 0
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    coordinate: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
-    owns = all(
-        place == 0 for place, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()
-    )
-    return tensor.to_local(), tuple((start, start + size) for start, size in zip(offset, shape, strict=True)), owns
+        return tensor, tuple(box)
+    mesh = tensor.device_mesh
+    places = zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True)
+    # The last dimension of a mesh cuts first, as a tensor group does before its shards are sharded; torch says so by a
+    # placement of its own, whose offsets it does not offer. Pieces are as even as torch.chunk makes them.
+    for place, size, placement in reversed(list(places)):
+        if not placement.is_replicate():
+            dimension: int = placement.dim  # type: ignore[attr-defined]
+            start, stop = box[dimension]
+            each = -(-(stop - start) // size)
+            box[dimension] = (min(start + place * each, stop), min(start + (place + 1) * each, stop))
+    return tensor.to_local(), tuple(box)
 
 
 class Pieces:
@@ -119,7 +125,7 @@ class Pieces:
             raise CheckpointError(
                 f"the checkpoint has {found} for {name}, the model {tuple(target.shape)}: it is of another model"
             )
-        local, box, _ = _local(target, 0)
+        local, box = _local(target)
         for piece in pieces:
             overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece.box, strict=True)]
             if all(start < stop for start, stop in overlap):

@@ -24,7 +24,7 @@ def restore(run: Run) -> Checkpoint | None:
     world = run.world
     for checkpoint in world.gather(checkpoints(run.folder))[0]:  # what the main process sees, should a disk lag behind
         check_format(checkpoint)
-        problem = world.agree(partial(verify, checkpoint, share=(world.rank, world.ranks)))
+        problem = world.agree(partial(verify, checkpoint, share=(world.process, world.processes)))
         if problem is None:
             _load(run, checkpoint)
             return checkpoint
@@ -55,8 +55,8 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
 
 def _restore_random_states(run: Run, checkpoint: Checkpoint) -> None:
     """Give each rank its own random states back; ranks that were not there before are seeded afresh."""
-    name = f"rank-{run.world.rank:05d}.json"
+    name = f"rank-{run.world.process:05d}.json"
     if (checkpoint.path / name).exists():
         set_random_states(checkpoint.read(name)["random"])
     else:
-        torch.manual_seed(run.config.seed + 1000 * run.world.rank + run.progress.step)
+        torch.manual_seed(run.config.seed + 1000 * run.world.share + run.progress.step)

@@ -74,16 +74,16 @@ class Snapshot:
 
 def snapshot(run: Run) -> Snapshot:
     """Return this rank's part of a run, without copying a tensor. All ranks."""
-    own = list(owned(named_tensors(run), run.world.rank))
+    own = list(owned(named_tensors(run), run.world))
     return Snapshot(
-        rank=run.world.rank,
+        rank=run.world.process,
         step=run.progress.step,
         state={
             "progress": asdict(run.progress),
             "watch": run.watch.state(),
             "config": run.record.config,
             "data": run.record.data.fingerprint,
-            "ranks": run.world.ranks,
+            "ranks": run.world.processes,
             "micro": run.micro,
         },
         random=random_states(),

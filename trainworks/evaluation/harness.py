@@ -176,7 +176,7 @@ def _measure(run: Run) -> Statistics:
     losses: dict[int, tuple[float, float]] = {}
     predictions: dict[int, Prediction] = {}
     for batch in run.evaluation_batches(_held_out(run)):
-        sums, counts = run.step(batch), run.task.count(batch)
+        sums, counts = run.passes.losses(batch), run.task.count(batch)
         said = run.step(batch, ask="predict")
         for index, weight, total, count in zip(
             *(values.tolist() for values in (batch["index"], batch["weight"], sums["loss"], counts["loss"])),

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from trainworks import schema
 from trainworks.errors import LaunchError, ToolkitError
 from trainworks.full_disk import is_full
+from trainworks.parallel.layout import Layout, asked
 from trainworks.parallel.restarts import init_method
+from trainworks.parallel.sharding import shard
+from trainworks.parallel.tensor import parallelise
 from trainworks.parallel.watchdog import Watchdog, join
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
     from trainworks.data.loading import Batch
+    from trainworks.run import Step
 
 __all__ = ["Problem", "World", "start"]
 
@@ -47,9 +54,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class World:
-    """The data-parallel ranks of a run, and what they do together."""
+    """The processes of a run, and what they do together."""
 
     accelerator: Accelerator
+    layout: Layout = field(default_factory=Layout)
+    """How the processes share samples, tokens, layers and weights."""
+    mesh: DeviceMesh | None = None
+    """Its dimensions `pipeline`, `replicate`, `shard` (which takes in the context ranks) and `tensor`; None where every
+    process holds the whole model."""
+    context: ProcessGroup | None = None
+    """The ranks that share this one's lines; None where there are no others."""
     patient: ProcessGroup | None = None
     """The ranks again, joined through the processor, with time to wait for one another; None for one process."""
     beside: ProcessGroup | None = None
@@ -58,14 +72,50 @@ class World:
     """What sees to it that no rank waits for one that will never come; None for one process."""
 
     @property
-    def ranks(self) -> int:
-        """How many processes share each step's samples."""
+    def processes(self) -> int:
+        """How many processes there are."""
         return int(self.accelerator.num_processes)
 
     @property
-    def rank(self) -> int:
+    def process(self) -> int:
         """This process's number among them."""
         return int(self.accelerator.process_index)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share each step's samples."""
+        return self.layout.data
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them; the same for those that have a sample in common."""
+        return self.share // self.layout.context
+
+    @property
+    def averaged(self) -> int:
+        """How many ranks' gradients are averaged: those that share samples or tokens."""
+        return self.layout.data * self.layout.context
+
+    @property
+    def share(self) -> int:
+        """This process's number among those."""
+        return self.process // self.layout.tensor % self.averaged
+
+    @property
+    def stage(self) -> int:
+        """Which of the pipeline's stages this process belongs to."""
+        return self.process // (self.averaged * self.layout.tensor)
+
+    def keeps(self, tensor: Tensor) -> bool:
+        """Tell whether this process is the one to write its part of a tensor, which others may hold as well."""
+        numbers = {"share": self.share, "tensor": self.process % self.layout.tensor}
+        if isinstance(tensor, DTensor):
+            names, places = tensor.device_mesh.mesh_dim_names or (), tensor.device_mesh.get_coordinate() or ()
+            sharded = {name for name, each in zip(names, tensor.placements, strict=True) if not each.is_replicate()}
+            numbers["share"] = 0 if "shard" in names else numbers["share"]
+            numbers |= dict(zip(names, places, strict=True))
+            numbers = {name: 0 if name in sharded else number for name, number in numbers.items()}
+        return not any(numbers.values())
 
     @property
     def is_main(self) -> bool:
@@ -87,7 +137,7 @@ class World:
     def rounding(self) -> torch.dtype | None:
         """The type that a module should round its weights to; None where they are taken as they are, or where FSDP
         rounds what it gathers."""
-        rounds = self.accelerator.mixed_precision == "bf16" and not self.accelerator.is_fsdp2
+        rounds = self.accelerator.mixed_precision == "bf16" and not self.layout.spreads_weights
         return torch.bfloat16 if rounds else None
 
     def wait(self) -> None:
@@ -119,19 +169,33 @@ class World:
         )
 
     def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sums of named vectors over all ranks. All ranks, with the same names and sizes."""
-        if self.ranks == 1:
+        """Return the sums of named vectors over the ranks that share samples or tokens. All ranks, with the same names
+        and sizes."""
+        if self.averaged == 1:
             return dict(values)
         joined = torch.cat([value.float() for value in values.values()])
         with self._waiting():
-            torch.distributed.all_reduce(joined)
+            torch.distributed.all_reduce(joined, group=self._sharing)
         return dict(zip(values, joined.split([len(value) for value in values.values()]), strict=True))
+
+    @property
+    def _sharing(self) -> ProcessGroup | None:
+        """The ranks that share samples or tokens, and hold the same part of the model; None for all there are."""
+        if self.mesh is None or self.averaged == self.processes:
+            return None
+        return self.mesh["replicate", "shard"]._flatten("share").get_group()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of every process's scalar, on the device, without waiting for it. All ranks."""
+        with self._waiting():
+            torch.distributed.all_reduce(value)
+        return value
 
     def gather(self, value: T, group: ProcessGroup | None = None) -> list[T]:
         """Return every rank's value, in rank order, through a group of one's own if one is given. All ranks."""
-        if self.ranks == 1:
+        if self.processes == 1:
             return [value]
-        values: list[Any] = [None] * self.ranks
+        values: list[Any] = [None] * self.processes
         # What is saved beside training is not what the main thread waits for.
         in_main_thread = threading.current_thread() is threading.main_thread()
         with self._waiting() if in_main_thread else nullcontext():
@@ -140,7 +204,7 @@ class World:
 
     def most(self, value: int) -> int:
         """Return the largest of every rank's whole number, without a wait for the device. All ranks."""
-        if self.ranks == 1:
+        if self.processes == 1:
             return value
         shared = torch.tensor(value)
         with self._waiting():
@@ -149,7 +213,7 @@ class World:
 
     def largest(self, value: Tensor) -> Tensor:
         """Return the largest of every rank's scalar, on the device, without waiting for it. All ranks."""
-        if self.ranks > 1:
+        if self.processes > 1:
             with self._waiting():
                 torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return value
@@ -171,8 +235,14 @@ class World:
     def accumulating(self, module: nn.Module, *, sync: bool) -> Iterator[None]:
         """Exchange gradients after the block's backward pass only when `sync`, that is, for a step's last
         micro-batch."""
-        with nullcontext() if sync else self.accelerator.no_sync(module):
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(sync)
             yield
+        else:
+            with nullcontext() if sync else self.accelerator.no_sync(module):
+                yield
 
     def reshard(self, module: nn.Module) -> None:
         """Give back what a forward pass without a backward pass left gathered.
@@ -194,25 +264,28 @@ class World:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return a module spread over the ranks as the hardware file says. All ranks."""
-        if not self.accelerator.is_fsdp2:
-            wrapped: nn.Module = self.accelerator.prepare(module)
+    def wrap(self, step: Step) -> nn.Module:
+        """Return a step spread over the ranks as the layout says. All ranks."""
+        if not self.layout.spreads_weights:
+            wrapped: nn.Module = self.accelerator.prepare(step)
             return wrapped
-        from accelerate.utils import fsdp2_prepare_model
+        step.to(self.device)
+        if self.layout.tensor > 1:
+            parallelise(step.model, self)
+        return shard(step, self)
 
-        # accelerate 1.15's prepare takes model and optimizer only together; ours is built from the sharded weights.
-        sharded: nn.Module = fsdp2_prepare_model(self.accelerator, module)
-        return sharded
 
-
-def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], output: Path, timeout: float) -> World:
+def start(
+    *, wish: schema.Layout, seed: int, deterministic: bool, trackers: tuple[str, ...], output: Path, timeout: float
+) -> World:
     """Join the other processes and return the world; LaunchError when it is not the one asked for. All ranks.
 
     A rank that does not come to a collective, or gives no sign of life, for `timeout` seconds is taken to hang; what
     the ranks end by is then written to `output`.
     """
     _check_environment()
+    layout = asked(wish)
+    os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)  # read; accelerate would refuse it on a CPU
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 
@@ -225,15 +298,30 @@ def start(*, seed: int, deterministic: bool, trackers: tuple[str, ...], output: 
         log_with=list(trackers) or None, project_dir=str(output / "trackers"), kwargs_handlers=handlers
     )
     _check_world(accelerator)
-    _reduce_in_float32(accelerator)
     set_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if accelerator.num_processes == 1:
-        return World(accelerator)
+        return World(accelerator, layout)
     patient, beside = (torch.distributed.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
-    return World(accelerator, patient, beside, _watchdog(patient, timeout, output))
+    mesh, context = _meshes(layout, accelerator.device.type)
+    return World(accelerator, layout, mesh, context, patient, beside, _watchdog(patient, timeout, output))
+
+
+def _meshes(layout: Layout, device: str) -> tuple[DeviceMesh | None, ProcessGroup | None]:
+    """Return the mesh over which weights are spread, and the group of ranks that share lines, where there are such. All
+    ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = context = None
+    if layout.spreads_weights:
+        sizes = (layout.pipeline, layout.replicate, layout.shard * layout.context, layout.tensor)
+        mesh = init_device_mesh(device, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
+    if layout.context > 1:
+        lines = (layout.pipeline * layout.data, layout.context, layout.tensor)
+        context = init_device_mesh(device, lines, mesh_dim_names=("others", "context", "tensor"))["context"].get_group()
+    return mesh, context
 
 
 def _watchdog(group: ProcessGroup, timeout: float, output: Path) -> Watchdog:
@@ -284,14 +372,4 @@ def _check_world(accelerator: Accelerator) -> None:
         raise LaunchError(
             "the hardware file asks for FSDP, but this process does not shard: that takes fsdp_version: 2 and more "
             "than one process, each with a GPU"
-        )
-
-
-def _reduce_in_float32(accelerator: Accelerator) -> None:
-    """Let FSDP2 sum gradients in float32 and leave the loss as it is; accelerate's own policy does both in bfloat16."""
-    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from trainworks.heads import repeated_layers
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -22,11 +24,9 @@ def compile_layers(model: PreTrainedModel) -> int:
     """Compile every repeated layer of a model in place, before it is sharded, and return how many there are.
 
     A layer is compiled once for all that are like it, which takes seconds where the whole model takes minutes; and in
-    place, because `torch.compile(layer)` returns another module, which the hooks of FSDP do not know. Where
-    transformers names no layers to keep together, nothing is compiled.
+    place, because `torch.compile(layer)` returns another module, which the hooks of FSDP do not know.
     """
-    kinds = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    layers = repeated_layers(model)
     for layer in layers:
         layer.compile()
     return len(layers)

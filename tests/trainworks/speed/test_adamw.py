@@ -12,7 +12,8 @@ from torch import nn
 
 import finetune
 from trainworks import Batch, Optim, Speed, train_steps
-from trainworks.optim import gradient_norm, take_step
+from trainworks.optim import take_step
+from trainworks.parallel.norm import gradient_norm
 from trainworks.speed import adamw
 from trainworks.speed.adamw import OnePassAdamW
 from trainworks.speed.working_weights import WorkingWeights

@@ -1,0 +1,66 @@
+"""Weights, gradients and optimizer states sharded over ranks (FSDP2), layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trainworks.heads import repeated_layers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from trainworks.parallel.launch import World
+    from trainworks.run import Step
+
+__all__ = ["shard"]
+
+
+def shard(step: Step, world: World) -> nn.Module:
+    """Shard a step's weights in place over the mesh's `shard` ranks, whole on each of its `replicate` ones. All ranks.
+
+    Each layer is gathered by itself, and so are the embeddings; what is left, the last norm and the head, with the
+    step, and kept between the forward and the backward pass, which begins with it. accelerate's own preparation looks
+    for embeddings on the module it is given, a `Step` here, and knows no meshes on a CPU.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    options = _options(world)
+    for part in _parts(step):
+        fully_shard(part, **options)
+    fully_shard(step, **options | {"reshard_after_forward": False})
+    return step
+
+
+def _options(world: World) -> dict[str, Any]:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+    plugin = world.accelerator.state.fsdp_plugin if world.layout.is_sharded else None
+    rounds = world.accelerator.mixed_precision == "bf16"
+    # Gradients are summed in float32, and the loss stays as it is; accelerate's policy does both in bfloat16.
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None) if rounds else MixedPrecisionPolicy()
+    offloads = plugin is not None and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    return {
+        "mesh": _mesh(world),
+        "reshard_after_forward": plugin is not None and plugin.reshard_after_forward,
+        "mp_policy": precision,
+        "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
+    }
+
+
+def _mesh(world: World) -> DeviceMesh:
+    assert world.mesh is not None
+    return world.mesh["shard"] if world.layout.replicate == 1 else world.mesh["replicate", "shard"]
+
+
+def _parts(step: Step) -> Iterator[nn.Module]:
+    """Yield what is gathered by itself: the repeated layers, and embeddings that no head shares."""
+    layers = repeated_layers(step.model)
+    yield from layers
+    embeddings, head = step.model.get_input_embeddings(), step.model.get_output_embeddings()
+    is_shared = head is not None and head.weight is embeddings.weight
+    if not is_shared and not any(embeddings in set(layer.modules()) for layer in layers):
+        yield embeddings
