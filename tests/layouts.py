@@ -5,15 +5,20 @@ python tests/layouts.py > table.md        # every layout, every model
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tiny
-from distributed import Mode
+from distributed import Mode, run_ranks
+from safetensors.torch import load_file
 
 import finetune
 from trainworks import Batch, Budget, Every, Optim, export, schema, train_steps
+from trainworks.checkpoint import save
 from trainworks.models import initialise
 from trainworks.schema import FromScratch
 
@@ -46,8 +51,14 @@ SPREADS: dict[str, Spread] = {
     "FSDP2 4": Spread(4, "fsdp2"),
     "hybrid 2x2": Spread(4, "fsdp2", {"dp_replicate": 2, "dp_shard": 2}),
     "TP 2": Spread(2, "ddp", {"tp": 2}),
+    "TP 2, EP 2": Spread(2, "ddp", {"tp": 2}, {"expert": 2}),
+    "EP x FSDP2 2x2": Spread(4, "fsdp2", {"dp_shard": 2, "tp": 2}, {"expert": 2}),
     "TP x FSDP2 2x2": Spread(4, "fsdp2", {"dp_shard": 2, "tp": 2}),
 }
+REFUSED: dict[tuple[str, str], str] = {
+    (name, model): "has no experts" for name in ("TP 2, EP 2", "EP x FSDP2 2x2") for model in ("llama", "tied")
+}
+"""Why a layout does not take a model, or with "" any."""
 
 
 def prepare(place: Path) -> None:
@@ -73,17 +84,106 @@ def config(place: Path, model: str, tuning: str, output: str, **changes: Any) ->
     )
 
 
-def train(folder: str, cases: list[list[str]], name: str, layout: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
-    """Train each (model, tuning) and return its curve; the weights are exported to the run's folder."""
-    place, curves = Path(folder), {}
+def train(
+    folder: str, cases: list[list[str]], name: str, layout: dict[str, Any], steps: int = STEPS, save_at: int = 0
+) -> dict[str, Any]:
+    """Train each (model, tuning) from where its folder `runs/NAME-MODEL-TUNING` stands, and export it; return the
+    curves. A checkpoint of step `save_at` stays in `runs/...-saved`."""
+    place, done = Path(folder), {}
     for model, tuning in cases:
+        key = f"{model}-{tuning}"
         changes = {"layout": schema.Layout(**layout), "budget": Budget(steps=steps)}
-        run = finetune.prepare(config(place, model, tuning, f"{name}-{model}-{tuning}", **changes))
-        curve = [(step.loss.item(), step.grad_norm.item()) for step in train_steps(run)]
+        run = finetune.prepare(config(place, model, tuning, f"{name}-{key}", **changes))
+        run.save_record()
+        curve = []
+        for step in train_steps(run):
+            curve.append([step.loss.item(), step.grad_norm.item()])
+            if step.number == save_at:
+                save(run)
+                if run.world.is_main:
+                    shutil.copytree(run.folder, place / "saved" / f"{name}-{key}")
+                run.world.wait()
         export(run)
-        curves[f"{model}-{tuning}"] = {
-            "processes": run.world.processes,
-            "layout": str(run.world.layout),
-            "curve": curve,
-        }
-    return curves
+        done[key] = {"processes": run.world.processes, "layout": str(run.world.layout), "curve": curve}
+    return done
+
+
+def train_over(place: Path, name: str, spread: Spread, cases: list[tuple[str, str]], **options: Any) -> dict[str, Any]:
+    """Train the cases in a layout, and return what the ranks agree on."""
+    arguments = {"folder": str(place), "cases": cases, "name": name, "layout": spread.layout} | options
+    target = f"{__file__}:train"
+    results = run_ranks(target, arguments, ranks=spread.ranks, mode=spread.mode, sizes=spread.sizes, timeout=600)
+    assert all(result == results[0] for result in results)
+    assert {each["processes"] for each in results[0].values()} == {spread.ranks}
+    found: dict[str, Any] = results[0]
+    return found
+
+
+def train_all(folder: str, names: list[str], case: list[str], layout: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Go on with runs of these names one after the other; return their curves by name."""
+    return {name: train(folder, [case], name, layout, steps) for name in names}
+
+
+def resume_over(place: Path, names: list[str], spread: Spread, case: tuple[str, str], *, steps: int) -> dict[str, Any]:
+    """Go on in a layout with runs that others saved, and return what the ranks agree on, by name."""
+    arguments = {"folder": str(place), "names": names, "case": case, "layout": spread.layout, "steps": steps}
+    target = f"{__file__}:train_all"
+    results = run_ranks(target, arguments, ranks=spread.ranks, mode=spread.mode, sizes=spread.sizes, timeout=600)
+    assert all(result == results[0] for result in results)
+    found: dict[str, Any] = results[0]
+    return found
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far a run is from the one on one process: losses and norms relative, weights absolute."""
+
+    loss: float
+    norm: float
+    weights: float
+
+    @property
+    def is_close(self) -> bool:
+        """Whether it is the same training, to rounding."""
+        return self.loss <= 1e-5 and self.norm <= 1e-5 and self.weights <= 1e-4
+
+
+def apart(place: Path, found: dict[str, Any], expected: dict[str, Any], names: tuple[str, str], key: str) -> Apart:
+    """Compare a run with the one on one process: the steps that both took, and what they exported."""
+    steps = len(found[key]["curve"])
+    pairs = list(zip(found[key]["curve"], expected[key]["curve"][-steps:], strict=True))
+    loss, norm = (max(abs(one[i] - other[i]) / abs(other[i]) for one, other in pairs) for i in (0, 1))
+    here, there = (weights(place / "runs" / f"{name}-{key}" / "model") for name in names)
+    assert here.keys() == there.keys()
+    return Apart(loss, norm, max((here[name] - there[name]).abs().max().item() for name in there))
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Return exported weights by name."""
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def table(place: Path) -> Iterator[str]:
+    """Yield docs/parallelism.md's table, line by line, as cells come."""
+    cases = [(model, tuning) for model in MODELS for tuning in ("full", "lora")]
+    prepare(place)
+    expected = train_over(place, "one", ONE, cases)
+    yield "| layout | processes | " + " | ".join(f"{model}, {tuning}" for model, tuning in cases) + " |"
+    yield "|---" * (len(cases) + 2) + "|"
+    for name, spread in SPREADS.items():
+        cells = []
+        for case in cases:
+            key = "-".join(case)
+            if why := REFUSED.get((name, case[0])) or REFUSED.get((name, "")):
+                cells.append(why)
+                continue
+            found = train_over(place, name, spread, [case])
+            far = apart(place, found, expected, (name, "one"), key)
+            cells.append(f"{'**' if not far.is_close else ''}{far.loss:.0e}, {far.norm:.0e}, {far.weights:.0e}")
+        yield f"| {name} | {spread.ranks} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        for line in table(Path(folder)):
+            print(line, flush=True)

@@ -11,17 +11,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from trainworks.checkpoint.folder import Checkpoint
 from trainworks.errors import CheckpointError
 from trainworks.parallel.launch import World
+from trainworks.parallel.placement import Box, is_keeper, local_part
 from trainworks.run import Run
 
 __all__ = ["Piece", "Pieces", "buffers", "named_tensors", "owned", "trained"]
-
-Box = tuple[tuple[int, int], ...]
-"""A block of a tensor: (start, stop) in each dimension."""
 
 
 def named_tensors(run: Run) -> dict[str, Tensor]:
@@ -65,27 +62,9 @@ _INDEX = TypeAdapter(dict[str, Piece])
 def owned(tensors: dict[str, Tensor], world: World) -> Iterator[tuple[str, Tensor, Piece]]:
     """Yield (name, this rank's part, its place) of the tensors that this rank is the one to write a part of."""
     for name, tensor in tensors.items():
-        local, box = _local(tensor)
-        if world.keeps(tensor) and local.numel():
+        local, box = local_part(tensor)
+        if is_keeper(tensor, world) and local.numel():
             yield name, local.detach(), Piece(tuple(tensor.shape), box, str(tensor.dtype).removeprefix("torch."))
-
-
-def _local(tensor: Tensor) -> tuple[Tensor, Box]:
-    """Return this rank's part of a tensor, and where it lies in the whole."""
-    box = [(0, size) for size in tensor.shape]
-    if not isinstance(tensor, DTensor):
-        return tensor, tuple(box)
-    mesh = tensor.device_mesh
-    places = zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True)
-    # The last dimension of a mesh cuts first, as a tensor group does before its shards are sharded; torch says so by a
-    # placement of its own, whose offsets it does not offer. Pieces are as even as torch.chunk makes them.
-    for place, size, placement in reversed(list(places)):
-        if not placement.is_replicate():
-            dimension: int = placement.dim  # type: ignore[attr-defined]
-            start, stop = box[dimension]
-            each = -(-(stop - start) // size)
-            box[dimension] = (min(start + place * each, stop), min(start + (place + 1) * each, stop))
-    return tensor.to_local(), tuple(box)
 
 
 class Pieces:
@@ -125,7 +104,7 @@ class Pieces:
             raise CheckpointError(
                 f"the checkpoint has {found} for {name}, the model {tuple(target.shape)}: it is of another model"
             )
-        local, box = _local(target)
+        local, box = local_part(target)
         for piece in pieces:
             overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, piece.box, strict=True)]
             if all(start < stop for start, stop in overlap):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from trainworks.models import load
+from trainworks.parallel.placement import collect
 from trainworks.run import Run
 from trainworks.schema import LoRA, Pretrained
 
@@ -19,7 +19,7 @@ def export(run: Run, folder: str | Path | None = None) -> Path:
     """Write weights (or the adapter), configuration and processor to `folder`, by default `model` in the run's own. All
     ranks.
 
-    Tensors are gathered one at a time and kept on the main process only. With `tuning: {type: lora, merge: true}`, the
+    Tensors are collected in the main process's memory, part by part. With `tuning: {type: lora, merge: true}`, the
     base model with the update added in is written beside it, to `merged`.
     """
     folder = Path(folder or run.folder / "model")
@@ -35,15 +35,8 @@ def export(run: Run, folder: str | Path | None = None) -> Path:
 def _gathered(run: Run) -> dict[str, Tensor]:
     """Return the model's whole state on the main process, nothing on the others."""
     wanted = _adapter_only if run.tuned.adapter is not None else _everything
-    whole: dict[str, Tensor] = {}
-    tied = {*(run.model.all_tied_weights_keys or ())}  # gathered copies are no longer one tensor: write the first
-    for name, tensor in wanted(run).items():
-        if name in tied:
-            continue
-        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if run.world.is_main:
-            whole[name] = value.detach().cpu()
-    return whole
+    tied = {*(run.model.all_tied_weights_keys or ())}  # collected, they are no longer one tensor: write the first
+    return collect({name: tensor for name, tensor in wanted(run).items() if name not in tied}, run.world)
 
 
 def _everything(run: Run) -> dict[str, Tensor]:

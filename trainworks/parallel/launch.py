@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trainworks import schema
 from trainworks.errors import LaunchError, ToolkitError
@@ -106,17 +105,6 @@ class World:
         """Which of the pipeline's stages this process belongs to."""
         return self.process // (self.averaged * self.layout.tensor)
 
-    def keeps(self, tensor: Tensor) -> bool:
-        """Tell whether this process is the one to write its part of a tensor, which others may hold as well."""
-        numbers = {"share": self.share, "tensor": self.process % self.layout.tensor}
-        if isinstance(tensor, DTensor):
-            names, places = tensor.device_mesh.mesh_dim_names or (), tensor.device_mesh.get_coordinate() or ()
-            sharded = {name for name, each in zip(names, tensor.placements, strict=True) if not each.is_replicate()}
-            numbers["share"] = 0 if "shard" in names else numbers["share"]
-            numbers |= dict(zip(names, places, strict=True))
-            numbers = {name: 0 if name in sharded else number for name, number in numbers.items()}
-        return not any(numbers.values())
-
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes files and speaks."""
@@ -142,17 +130,18 @@ class World:
 
     def wait(self) -> None:
         """Let every rank catch up. All ranks."""
-        with self._waiting():
+        with self.waiting():
             self.accelerator.wait_for_everyone()
 
     def wait_patiently(self) -> None:
         """Let every rank catch up, however long one of them works for all; a rank that dies ends the wait. All
         ranks."""
         if self.patient is not None:
-            with self._waiting(patient=True):
+            with self.waiting(patient=True):
                 torch.distributed.barrier(self.patient)
 
-    def _waiting(self, *, patient: bool = False) -> AbstractContextManager[None]:
+    def waiting(self, *, patient: bool = False) -> AbstractContextManager[None]:
+        """Exchange something inside, all ranks; one that is not `patient` may not take longer than the time limit."""
         return nullcontext() if self.watchdog is None else self.watchdog.waiting(patient=patient)
 
     def follow(self, step: Callable[[], int]) -> None:
@@ -174,7 +163,7 @@ class World:
         if self.averaged == 1:
             return dict(values)
         joined = torch.cat([value.float() for value in values.values()])
-        with self._waiting():
+        with self.waiting():
             torch.distributed.all_reduce(joined, group=self._sharing)
         return dict(zip(values, joined.split([len(value) for value in values.values()]), strict=True))
 
@@ -187,7 +176,7 @@ class World:
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of every process's scalar, on the device, without waiting for it. All ranks."""
-        with self._waiting():
+        with self.waiting():
             torch.distributed.all_reduce(value)
         return value
 
@@ -198,7 +187,7 @@ class World:
         values: list[Any] = [None] * self.processes
         # What is saved beside training is not what the main thread waits for.
         in_main_thread = threading.current_thread() is threading.main_thread()
-        with self._waiting() if in_main_thread else nullcontext():
+        with self.waiting() if in_main_thread else nullcontext():
             torch.distributed.all_gather_object(values, value, group=group)
         return values
 
@@ -207,14 +196,14 @@ class World:
         if self.processes == 1:
             return value
         shared = torch.tensor(value)
-        with self._waiting():
+        with self.waiting():
             torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.patient)
         return int(shared.item())
 
     def largest(self, value: Tensor) -> Tensor:
         """Return the largest of every rank's scalar, on the device, without waiting for it. All ranks."""
         if self.processes > 1:
-            with self._waiting():
+            with self.waiting():
                 torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return value
 
@@ -286,6 +275,8 @@ def start(
     _check_environment()
     layout = asked(wish)
     os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", None)  # read; accelerate would refuse it on a CPU
+    # With it, transformers gives every process but the first a model without weights, which accelerate then sends.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 

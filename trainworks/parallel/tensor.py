@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from trainworks.errors import LaunchError
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from trainworks.parallel.launch import World
+    from trainworks.parallel.layout import Layout
 
 __all__ = ["check", "parallelise"]
 
@@ -30,20 +34,21 @@ _KEY = "parallelism_config_tp_size"
 _WHOLE = ("colwise_gather_output", "rowwise_split_input")
 """Styles of layers that take and give whole states, and so may be left whole."""
 _EXPERTS = ("moe_tp_experts", "ep_dispatch_experts")
-_SHARED_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size")
 
 
-def check(model: PreTrainedModel, size: int) -> None:
-    """Raise LaunchError where a model cannot be shared out over `size` ranks; it may be without weights."""
-    kind = type(model).__name__
+def check(model: PreTrainedModel, layout: Layout) -> None:
+    """Raise LaunchError where a model cannot be shared out so; it may be without weights."""
+    kind, size = type(model).__name__, layout.tensor
     if not _plan(model):
         raise LaunchError(f"{_KEY}: transformers has no tensor-parallel plan for {kind}; shard it with FSDP instead")
-    if unknown := sorted({*_plan(model).values()} - {*_STYLES, *_WHOLE}):
+    if unknown := sorted({*_plan(model).values()} - {*_STYLES, *_WHOLE, *_EXPERTS}):
         raise LaunchError(
             f"{_KEY}: the plan of {kind} asks for {', '.join(unknown)}, which this version does not know; shard the "
             "model with FSDP instead"
         )
-    sizes = _sizes(model.config.get_text_config())
+    if layout.expert > 1 and not {*_plan(model).values()} & {*_EXPERTS}:
+        raise LaunchError(f"layout.expert: {kind} has no experts that transformers has a plan for; leave it out")
+    sizes = _sizes(model.config.get_text_config(), layout)
     if any(amount % size for amount in sizes.values()):
         serve = [n for n in range(1, min(sizes.values()) + 1) if not any(amount % n for amount in sizes.values())]
         told = ", ".join(f"{name} {amount}" for name, amount in sizes.items())
@@ -54,19 +59,22 @@ def check(model: PreTrainedModel, size: int) -> None:
 
 def parallelise(model: PreTrainedModel, world: World) -> None:
     """Cut a model's layers in place over the mesh's `tensor` ranks. All ranks, which hold the same weights."""
-    check(model, world.layout.tensor)
+    check(model, world.layout)
     assert world.mesh is not None
     mesh = world.mesh["tensor"]
     plan = _plan(model)
     for name, module in list(model.named_modules()):
-        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        if style in _STYLES:
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "")
+        if style in _EXPERTS and world.layout.expert > 1:
+            parallelize_module(module, mesh, _Experts())
+        elif style in _STYLES:
             for part, cut in _STYLES[style](module):
                 parallelize_module(part, mesh, cut, src_data_rank=None)
 
 
 def _plan(model: PreTrainedModel) -> dict[str, str]:
-    """Return the plan's styles by module, `*` for a layer's number; without embeddings, head and experts."""
+    """Return the plan's styles by module, `*` for a layer's number; without embeddings, head and what is inside
+    experts."""
     whole: dict[str, str] = dict(model.tp_plan or {})
     experts = [name for name, style in whole.items() if style in _EXPERTS]
     outside = {model.get_input_embeddings(), model.get_output_embeddings()}
@@ -74,12 +82,14 @@ def _plan(model: PreTrainedModel) -> dict[str, str]:
     return {
         name: style
         for name, style in whole.items()
-        if name not in named and not any(name == each or name.startswith(f"{each}.") for each in experts)
+        if name not in named and not any(name.startswith(f"{each}.") for each in experts)
     }
 
 
-def _sizes(config: PretrainedConfig) -> dict[str, int]:
-    found = {name: getattr(config, name, None) for name in _SHARED_SIZES[:3]}
+def _sizes(config: PretrainedConfig, layout: Layout) -> dict[str, int]:
+    """Return what the ranks have to divide, as a model's configuration names it."""
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_experts", "num_local_experts")
+    found = {name: getattr(config, name, None) for name in (names if layout.expert > 1 else names[:3])}
     return {name: size for name, size in found.items() if size is not None}
 
 
@@ -110,28 +120,79 @@ class _OnParts(ParallelStyle):
     """A layer whose weights are whole and see this rank's heads only, so that their gradients are added up."""
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        group, forward = device_mesh.get_group(), module.forward
+        group = device_mesh.get_group()
 
-        def summed(*arguments: Any, **options: Any) -> Any:
-            weights = {name: _Summed.apply(weight, group) for name, weight in module.named_parameters()}  # type: ignore[no-untyped-call]
-            module.forward = forward
-            try:
-                return torch.func.functional_call(module, weights, arguments, options)
-            finally:
-                module.forward = summed
+        def summed(call: Callable[..., Any], *arguments: Any) -> Any:
+            return call({name: _seen(weight, group) for name, weight in module.named_parameters()}, *arguments)
 
-        module.forward = summed
-        return module
+        return _around(module, summed)
 
 
-class _Summed(torch.autograd.Function):
+class _Experts(ParallelStyle):
+    """A layer's experts, some on each rank, which all see all tokens; what they make of them is added up."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        group, rank = device_mesh.get_group(), device_mesh.get_local_rank()
+        for name, weights in module.named_parameters():
+            part = distribute_tensor(weights.detach(), device_mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(part, requires_grad=weights.requires_grad))
+        own: int = module.num_experts // device_mesh.size()
+        # What transformers' experts pass over: a number they do not have, where they are told that there are others.
+        module.num_experts, module._is_expert_parallel = own, True  # type: ignore[assignment]
+
+        def shared(call: Callable[..., Any], hidden: Tensor, chosen: Tensor, share: Tensor) -> Any:
+            weights: dict[str, Any] = dict(module.named_parameters())
+            local = {name: each.to_local() for name, each in weights.items()}
+            here = chosen - rank * own
+            is_here = (here >= 0) & (here < own)
+            tokens, shares = _seen(hidden, group), _seen(share, group) * is_here
+            return _Total.apply(call(local, tokens, here.where(is_here, own), shares), group)  # type: ignore[no-untyped-call]
+
+        return _around(module, shared)
+
+
+def _around(module: nn.Module, around: Callable[..., Any]) -> nn.Module:
+    """Let a module's forward be `around(call, *arguments)`, where `call(weights, *arguments)` is the one it had, with
+    these weights."""
+    inner = copy(module)  # shares its weights, whoever changes them, and keeps the forward
+
+    def call(weights: dict[str, Tensor], *arguments: Any) -> Any:
+        return torch.func.functional_call(inner, weights, arguments)
+
+    module.forward = partial(around, call)
+    return module
+
+
+def _seen(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return a tensor that every rank of the group has; its gradient is the sum of theirs."""
+    same: Tensor = _Seen.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return same
+
+
+class _Seen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return weight.view_as(weight)
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
-        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return _summed(gradient, ctx.group), None
+
+
+class _Total(torch.autograd.Function):
+    """The sum of the ranks' tensors, which all of them have; its gradient is everyone's."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        return _summed(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def _summed(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    total = tensor.contiguous().clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total

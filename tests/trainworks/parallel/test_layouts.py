@@ -1,0 +1,64 @@
+"""Every layout of processes trains the same model: losses, gradient norms, exported weights, checkpoints of one
+another.
+
+`python tests/layouts.py` makes the whole table; here each layout takes the models that say most about it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import layouts
+import pytest
+
+STEPS, HALF = 10, 5
+CASES = [("llama", "full"), ("tied", "lora"), ("experts", "full")]
+RESUMED = ("llama", "full")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("layouts")
+    layouts.prepare(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> dict[str, Any]:
+    return layouts.train_over(place, "one", layouts.ONE, CASES, steps=STEPS, save_at=HALF)
+
+
+@pytest.fixture(scope="module")
+def curves() -> dict[str, Any]:
+    """The layouts that were trained, for those that go on from them."""
+    return {}
+
+
+@pytest.mark.parametrize("name", layouts.SPREADS)
+def test_it_trains_the_same_model(name: str, place: Path, alone: dict[str, Any], curves: dict[str, Any]) -> None:
+    cases = [case for case in CASES if (name, case[0]) not in layouts.REFUSED]
+    found = layouts.train_over(place, name, layouts.SPREADS[name], cases, steps=STEPS, save_at=HALF)
+    for key in found:
+        far = layouts.apart(place, found, alone, (name, "one"), key)
+        assert far.is_close, f"{key}: {far}"
+    curves[name] = found
+
+
+@pytest.mark.parametrize("name", ["one", *layouts.SPREADS])
+def test_it_goes_on_from_checkpoints_of_the_others(
+    name: str, place: Path, alone: dict[str, Any], curves: dict[str, Any]
+) -> None:
+    spread = layouts.SPREADS.get(name, layouts.ONE)
+    key = "-".join(RESUMED)
+    others = [other for other in ("one", *curves) if other != name]
+    for other in others:
+        shutil.copytree(place / "saved" / f"{other}-{key}", place / "runs" / f"{other} to {name}-{key}")
+    found = layouts.resume_over(place, [f"{other} to {name}" for other in others], spread, RESUMED, steps=STEPS)
+    for other, run in found.items():
+        assert len(run[key]["curve"]) == STEPS - HALF
+        far = layouts.apart(place, run, alone, (other, "one"), key)
+        assert far.is_close, f"{other}: {far}"
