@@ -17,7 +17,7 @@ from distributed import Mode, run_ranks
 from safetensors.torch import load_file
 
 import finetune
-from trainworks import Batch, Budget, Every, Optim, export, schema, train_steps
+from trainworks import Every, Optim, export, train_steps
 from trainworks.checkpoint import save
 from trainworks.models import initialise
 from trainworks.schema import FromScratch
@@ -72,28 +72,36 @@ def prepare(place: Path) -> None:
         tiny.tokenizer().save_pretrained(place / name)
 
 
-def config(place: Path, model: str, tuning: str, output: str, **changes: Any) -> finetune.Config:
+def config(
+    place: Path, model: str, tuning: str, output: str, *, balance: float = 0.0, **changes: Any
+) -> finetune.Config:
     settings: dict[str, Any] = {
-        "batch": Batch(per_step=8, micro=2, pack=64),
-        "budget": Budget(steps=STEPS),
+        "batch": {"per_step": 8, "micro": 2, "pack": 64},
         "optim": Optim(lr=3e-3, schedule="linear", warmup=2, eps=1e-5),
         "every": Every(log=1, save="end"),
     }
-    return tiny.config(
+    made = tiny.config(
         "sft", place / model, place / "rows.jsonl", place / "runs" / output, tuning=tuning, **(settings | changes)
     )
+    return made.model_copy(update={"task": made.task.model_copy(update={"expert_balance": balance})})
 
 
 def train(
-    folder: str, cases: list[list[str]], name: str, layout: dict[str, Any], steps: int = STEPS, save_at: int = 0
+    folder: str,
+    cases: list[list[str]],
+    name: str,
+    layout: dict[str, Any],
+    steps: int = STEPS,
+    save_at: int = 0,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Train each (model, tuning) from where its folder `runs/NAME-MODEL-TUNING` stands, and export it; return the
-    curves. A checkpoint of step `save_at` stays in `runs/...-saved`."""
+    curves. What the run's folder holds at step `save_at` stays in `saved`."""
     place, done = Path(folder), {}
     for model, tuning in cases:
         key = f"{model}-{tuning}"
-        changes = {"layout": schema.Layout(**layout), "budget": Budget(steps=steps)}
-        run = finetune.prepare(config(place, model, tuning, f"{name}-{key}", **changes))
+        made = config(place, model, tuning, f"{name}-{key}", layout=layout, budget={"steps": steps}, **changes)
+        run = finetune.prepare(made)
         run.save_record()
         curve = []
         for step in train_steps(run):
@@ -121,7 +129,7 @@ def train_over(place: Path, name: str, spread: Spread, cases: list[tuple[str, st
 
 def train_all(folder: str, names: list[str], case: list[str], layout: dict[str, Any], steps: int) -> dict[str, Any]:
     """Go on with runs of these names one after the other; return their curves by name."""
-    return {name: train(folder, [case], name, layout, steps) for name in names}
+    return {name: train(folder, [case], name, layout, steps, accept=("output",)) for name in names}
 
 
 def resume_over(place: Path, names: list[str], spread: Spread, case: tuple[str, str], *, steps: int) -> dict[str, Any]:

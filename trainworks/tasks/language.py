@@ -13,6 +13,7 @@ from trainworks.data.text import IGNORED, pad
 from trainworks.errors import ConfigError
 from trainworks.metrics import Metric, Ratio
 from trainworks.record import Sample
+from trainworks.settings import Rate
 from trainworks.tasks.base import Processor, Task
 from trainworks.tasks.packing_proof import keeps_apart
 
@@ -56,6 +57,10 @@ class LanguageTask(Task, ABC):
     pipeline_tag: ClassVar[str] = "text-generation"
     can_pack: ClassVar[bool] = True
 
+    expert_balance: Rate = 0.0
+    """Weight of a loss that spreads tokens evenly over a layer's experts; it depends on which rows a micro-step sees
+    together, on all ranks. 0 leaves it out."""
+
     def equip(self, processor: Processor) -> Processor:
         """Pad with the end token where there is no padding token: padding is never attended to nor learned."""
         if not processor.is_fast:
@@ -87,6 +92,8 @@ class LanguageTask(Task, ABC):
             ours = Head(model)(backbone(model)(ids).last_hidden_state).float()
         model.train(training)
         kind = type(model).__name__
+        if self.expert_balance and not getattr(model.config, "num_experts_per_tok", None):
+            raise ConfigError(f"task.expert_balance: {kind} has no experts; leave it out")
         if not torch.allclose(logits[:, :-1], others[:, :-1], rtol=1e-3, atol=1e-4):
             raise ConfigError(
                 f"model: {kind} lets a token see the ones after it, so that predicting the next teaches nothing; take "
@@ -168,23 +175,38 @@ class LanguageTask(Task, ABC):
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return how many tokens each row learns."""
-        return {"loss": batch["learned"]}
+        return dict.fromkeys(("loss", "balance") if self.expert_balance else ("loss",), batch["learned"])
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-        """Return each row's summed cross-entropy in nats."""
+        """Return each row's summed cross-entropy in nats, and its part of the balancing loss, where there is one."""
         from trainworks.heads import Head
 
-        return self.loss_from(self._hidden(model, batch), Head(model), batch)
+        if not self.expert_balance:
+            return self.loss_from(self._hidden(model, batch), Head(model), batch)
+        made = self._made(model, batch, output_router_logits=True)
+        return self.loss_from(made.last_hidden_state, Head(model), batch) | self._balance(model, made, batch)
 
     def _hidden(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Return the last states [lines, longest, width]."""
+        hidden: Tensor = self._made(model, batch).last_hidden_state
+        return hidden
+
+    def _made(self, model: PreTrainedModel, batch: Batch, **asked: bool) -> Any:
+        """Return what the backbone makes of a batch."""
         from trainworks.heads import backbone
         from trainworks.speed.packed_attention import rows_apart
 
         # With a cache, transformers does not look for rows in position_ids, and packed ones would see one another.
         with rows_apart(model, batch) as told:
-            hidden: Tensor = backbone(model)(**self.inputs(batch), **told, use_cache=False).last_hidden_state
-        return hidden
+            return backbone(model)(**self.inputs(batch), **told, **asked, use_cache=False)
+
+    def _balance(self, model: PreTrainedModel, made: Any, batch: Batch) -> dict[str, Tensor]:
+        from trainworks.experts import imbalance
+
+        learned = batch["labels"].flatten() != IGNORED
+        parts = imbalance(made.router_logits, learned, model.config.num_experts_per_tok)
+        rows = parts.new_zeros(len(batch["learned"])).index_add(0, batch["row"].flatten(), parts)
+        return {"balance": self.expert_balance * rows}
 
     def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return each row's summed cross-entropy from the last states, [lines, longest, width]."""
