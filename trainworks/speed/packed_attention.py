@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from trainworks.errors import ConfigError
 
-__all__ = ["rows_apart"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["SPREAD", "Rows", "attend", "rounded", "rows_apart", "without_kernel"]
 
 _NAME = "rows_apart"
+SPREAD = "rows_apart_over_"
+"""How the names begin of attention that works on slices of the lines, which `trainworks.parallel.context` registers."""
 
 
 @contextmanager
@@ -27,54 +31,66 @@ def rows_apart(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[
     end; the first dimension of `longest` is no less than the longest row. Inside the block the model's attention is
     ours, for which transformers builds no mask. Where that does not serve (a batch without bounds, attention that is
     not torch's, float32 on a GPU), nothing is yielded, and `position_ids` and a mask keep the rows apart.
+
+    Where the batch is a slice of the lines, the model's attention has to be spread already, and else it must not be;
+    RuntimeError where the two do not go together.
     """
-    if "bounds" not in batch or not _serves(model, batch["bounds"].device):
+    spread = model.config._attn_implementation.startswith(SPREAD)
+    if spread != ("slices" in batch):
+        raise RuntimeError(
+            f"{'whole lines' if spread else 'slices of lines'} came to attention over "
+            f"{'slices of lines' if spread else 'whole lines'}"
+        )
+    if not spread and ("bounds" not in batch or not _serves(model, batch["bounds"].device)):
         yield {}
+        return
+    bounds, longest = batch["bounds"], len(batch["longest"])
+    told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    if spread:
+        yield told
         return
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attention)
-    bounds, longest = batch["bounds"], len(batch["longest"])
     before, model.config._attn_implementation = model.config._attn_implementation, _NAME
     try:
-        yield {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        yield told
     finally:
         model.config._attn_implementation = before
 
 
+def without_kernel(config: PreTrainedConfig) -> str:
+    """Return what an architecture asks of attention that the kernels here do not do, in words; empty where they do
+    all."""
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "caps its scores (attn_logit_softcapping)"
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        return "sees chunks of a row (chunked_attention)"
+    return ""
+
+
 def _serves(model: PreTrainedModel, device: torch.device) -> bool:
     if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+        return False
+    if without_kernel(model.config):
         return False
     kind = device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     return kind == "cpu" or (kind == "cuda" and dtype.itemsize == 2)
 
 
-def _attention(  # noqa: PLR0913, transformers decides
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    *,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    **_: Any,
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **told: Any
 ) -> tuple[Tensor, None]:
-    """Attend as transformers asks its attention functions to: from [lines, heads, tokens, width], keys and values of
-    fewer heads, to [lines, tokens, heads, width]."""
-    lines, heads, tokens, width = query.shape
-    query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
-    fits = width <= 256 and width % 8 == 0 and width == value.shape[-1]
-    attend = _KERNELS[query.device.type] if fits else _by_rows
-    out = attend(query, key, value, _Rows(cu_seq_lens_q, max_length_q, dropout, scaling, sliding_window))
-    return out.view(lines, tokens, heads, -1), None
+    """Attend as transformers asks its attention functions to."""
+    return attend(query, key, value, Rows.of(attention_mask, told)), None
 
 
-class _Rows(NamedTuple):
+_UNDONE = ("softcap", "s_aux", "position_bias")
+
+
+class Rows(NamedTuple):
     """How rows attend: where each begins, and what is asked of attention besides."""
 
     bounds: Tensor
@@ -83,10 +99,43 @@ class _Rows(NamedTuple):
     scaling: float | None
     window: int | None
 
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, told: Mapping[str, Any]) -> Self:
+        """Return what transformers tells an attention function; ConfigError for what no kernel here does."""
+        undone = [name for name in _UNDONE if told.get(name) is not None]
+        undone += ["attention_mask"] if attention_mask is not None else []
+        if undone:
+            raise ConfigError(f"the model's attention is given {undone[0]}, which keeps rows apart by a mask alone")
+        return cls(
+            told["cu_seq_lens_q"],
+            told["max_length_q"],
+            told.get("dropout", 0.0),
+            told.get("scaling"),
+            told.get("sliding_window"),
+        )
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, rows: _Rows) -> Tensor:
+
+def attend(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
+    """Attend from [lines, heads, tokens, width], keys and values of fewer heads, to [lines, tokens, heads, width]."""
+    lines, heads, tokens, _ = query.shape
+    query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in rounded(query, key, value))
+    return _KERNELS[query.device.type](query, key, value, rows).view(lines, tokens, heads, -1)
+
+
+def rounded(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors of the type that autocast wants for attention, where it is on: norms may have left float32."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
     """FlashAttention-2 over rows of any length; torch's `varlen_attn` is the same kernel, but wants as many heads of
-    keys as of queries until torch 2.12, and has no dropout."""
+    keys as of queries until torch 2.12, and has no dropout. Row by row where it does not fit."""
+    width = query.shape[-1]
+    if width > 256 or width % 8 or width != value.shape[-1] or query.dtype.itemsize != 2:
+        return _by_rows(query, key, value, rows)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query,
         key,
@@ -105,7 +154,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, rows: _Rows) -> Tensor:
     return out
 
 
-def _by_rows(query: Tensor, key: Tensor, value: Tensor, rows: _Rows) -> Tensor:
+def _by_rows(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
     """The same, row by row; reads `bounds` from the device."""
     outs = []
     for start, end in itertools.pairwise(rows.bounds.tolist()):

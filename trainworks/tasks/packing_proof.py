@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["keeps_apart"]
+__all__ = ["agree", "keeps_apart"]
 
 Ids = NDArray[np.int64]
 States = Callable[[Sequence[Ids], Sequence[int]], "Tensor"]
@@ -37,4 +37,9 @@ def keeps_apart(states: States, vocabulary: int, *, eps: float) -> bool:
     apart, shared = states(rows, [0, 1, 2, 3])[second], states(rows, [0, 0, 1, 1])[second]
     seen = (states(joined, [0, 1])[second] - apart).norm()
     leaked = (states(changed, [0, 0, 1, 1])[second] - shared).norm()
-    return bool(leaked <= _LEAK * seen and (shared - apart).norm() <= max(_ROUNDING, _ROUNDINGS * eps) * seen)
+    return bool(leaked <= _LEAK * seen) and agree((shared - apart).norm(), seen, eps=eps)
+
+
+def agree(difference: Tensor, seen: Tensor, *, eps: float) -> bool:
+    """Tell whether states differ by rounding alone, next to what is `seen` where the model is given other tokens."""
+    return bool(difference <= max(_ROUNDING, _ROUNDINGS * eps) * seen)
