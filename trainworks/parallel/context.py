@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn.functional import pad
 
 from trainworks.data.text import IGNORED
-from trainworks.errors import LaunchError
+from trainworks.errors import ConfigError, LaunchError
 from trainworks.heads import backbone
 from trainworks.models import vocabulary
 from trainworks.speed.packed_attention import SPREAD, Rows, attend, rounded, rows_apart, without_kernel
@@ -117,8 +117,8 @@ def spread(model: PreTrainedModel, group: ProcessGroup) -> None:
     """Let a model's attention work on slices of lines, from now on: whoever computes a layer once more in the backward
     pass has to find it so.
 
-    Every forward exchanges with all ranks of the group, and is given what `split` made; one that is not raises
-    RuntimeError. For other forwards there is `whole_lines`.
+    Every forward exchanges with all ranks of the group, and is given what `split` made; one that is not raises an
+    error. For other forwards there is `whole_lines`.
     """
     from transformers import AttentionInterface
 
@@ -145,12 +145,20 @@ def verify(model: PreTrainedModel, group: ProcessGroup) -> None:
     LaunchError for models whose layers look at other tokens by other means than attention (convolutions, recurrent
     states), do not heed `position_ids`, or attend in a way of their own.
     """
-    apart = bool(model._supports_attention_backend) and _slices_agree(model, group)
-    if not apart:
+    training, before = model.training, model.config._attn_implementation
+    model.eval()
+    try:
+        fits = model._supports_attention_backend and _slices_agree(model, group) and _looks_by_attention(model, group)
+        found = "its layers look at other tokens than by attention, or do not heed position_ids"
+    except ConfigError as error:
+        fits, found = False, str(error)
+    finally:
+        model.config._attn_implementation = before
+        model.train(training)
+    if not fits:
         raise LaunchError(
-            f"{_SETTING}: {group.size()}: {type(model).__name__} cannot work on slices of its lines, as a model cannot "
-            "that carries a recurrent state or a convolution along, or does not heed position_ids; set it to 1, or "
-            "take another architecture, such as a Llama, Qwen or GPT-2 model"
+            f"{_SETTING}: {group.size()}: {type(model).__name__} cannot work on slices of its lines: {found}; set it "
+            "to 1, or take another architecture, such as a Llama, Qwen or GPT-2 model"
         )
 
 
@@ -158,23 +166,42 @@ def _slices_agree(model: PreTrainedModel, group: ProcessGroup) -> bool:
     """Compare states on slices with those of whole lines; the measure is what a slice is without the rest."""
     batch = _few_tokens(model, group.size())
     own = split(batch, group)
-    alone = {name: own[name] for name in ("input_ids", "position_ids")}
-    training, before = model.training, model.config._attn_implementation
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = _states(model, batch).chunk(group.size(), 1)[group.rank()]
-            cut = _states(model, alone)
-            spread(model, group)
-            found = _states(model, own)
-    finally:
-        model.config._attn_implementation = before
-        model.train(training)
+    with torch.no_grad():
+        expected = _states(model, batch).chunk(group.size(), 1)[group.rank()]
+        cut = _states(model, {name: own[name] for name in ("input_ids", "position_ids")})
+        spread(model, group)
+        found = _states(model, own)
     learned = own["labels"] != IGNORED
     squares = torch.stack([(states - expected)[learned].double().square().sum() for states in (found, cut)])
     torch.distributed.all_reduce(squares, group=group)
     difference, seen = squares.sqrt()
     return agree(difference, seen, eps=torch.finfo(model.dtype).eps)
+
+
+def _looks_by_attention(model: PreTrainedModel, group: ProcessGroup) -> bool:
+    """Tell whether tokens that attend to themselves alone depend on no others: a gradient that is nothing at all.
+
+    A convolution in new weights adds so little to a state that it passes for rounding; a gradient tells it all the
+    same.
+    """
+    batch = split(_few_tokens(model, group.size()), group)
+    alone = {"bounds": torch.arange(batch["input_ids"].numel() * group.size() + 1, device=model.device).int()}
+    entered: list[Tensor] = []
+
+    def enter(_module: torch.nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
+        entered.append(embedded.detach().requires_grad_())
+        return entered[-1]
+
+    spread(model, group)
+    hook = model.get_input_embeddings().register_forward_hook(enter)
+    try:
+        states = _states(model, batch | alone | {"longest": torch.empty(1, 0)})
+    finally:
+        hook.remove()
+    (gradient,) = torch.autograd.grad(states[:, -1].float().square().sum(), entered)
+    others = gradient[:, :-1].abs().sum()
+    torch.distributed.all_reduce(others, group=group)
+    return not others
 
 
 def _few_tokens(model: PreTrainedModel, size: int) -> Batch:
@@ -210,13 +237,12 @@ def _attention(
     **told: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks its attention functions to, from slices of lines to slices of lines."""
-    if "cu_seq_lens_q" not in told:
-        raise RuntimeError("a forward over slices of lines was not told where rows begin")
     size, (lines, heads, _, _) = group.size(), query.shape
     if heads % size:
         raise LaunchError(f"{_SETTING}: {size} ranks cannot share a layer's {heads} attention heads evenly")
+    rows = Rows.of(attention_mask, told)
     query, key, value = _to_lines(*rounded(query, *_enough(key, value, size=size)), group=group)
-    out = attend(query, key, value, Rows.of(attention_mask, told)).flatten(2)
+    out = attend(query, key, value, rows).flatten(2)
     slices = out.view(lines, size, -1, out.shape[-1]).transpose(0, 1)
     mine = _exchanged(slices, group).permute(1, 2, 0, 3)
     return mine.reshape(*mine.shape[:2], heads, -1), None

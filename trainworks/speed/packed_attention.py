@@ -105,7 +105,11 @@ class Rows(NamedTuple):
         undone = [name for name in _UNDONE if told.get(name) is not None]
         undone += ["attention_mask"] if attention_mask is not None else []
         if undone:
-            raise ConfigError(f"the model's attention is given {undone[0]}, which keeps rows apart by a mask alone")
+            raise ConfigError(
+                f"its attention is given {undone[0]}, which no kernel here that keeps rows apart knows of"
+            )
+        if "cu_seq_lens_q" not in told:
+            raise ConfigError("its attention is not told where rows begin")
         return cls(
             told["cu_seq_lens_q"],
             told["max_length_q"],
