@@ -129,9 +129,12 @@ def spread(model: PreTrainedModel, group: ProcessGroup) -> None:
 
 @contextmanager
 def whole_lines(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend to whole lines inside the block, each rank for itself, to predict or to generate. Nothing is
-    learned inside."""
+    """Let a model attend to whole lines inside the block, each rank for itself, to predict or to generate; where its
+    attention is not spread, it does already. Nothing is learned inside."""
     before = model.config._attn_implementation
+    if not before.startswith(SPREAD):
+        yield
+        return
     model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     try:
         yield

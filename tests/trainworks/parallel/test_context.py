@@ -357,3 +357,10 @@ def test_what_attention_is_given_and_no_kernel_does_is_an_error() -> None:
     made, given = model("llama", SIZES), batch("packed")
     with rows_apart(made, given) as told, pytest.raises(ConfigError, match="is given softcap"):
         made.model(given["input_ids"], position_ids=given["position_ids"], **told, softcap=30.0, use_cache=False)
+
+
+def test_attention_that_is_not_spread_stays_as_it_is() -> None:
+    made = model("llama", SIZES)
+    made.set_attn_implementation("eager")
+    with context.whole_lines(made):
+        assert made.config._attn_implementation == "eager"
