@@ -22,7 +22,7 @@ def prepare(config: Config) -> Run:
     sources = read_rows(config)
     task = sources[0].task
     processor = equipped(sources, load_processor(task.reads, config.model.name, config.model.revision))
-    check_model(config, task, processor)
+    check_model(config, task, processor, world)
     data = prepare_data(config, sources, processor, world)
     model = load(config.model, task.auto_class, task.head(), processor, seed=config.seed)
     return resume(assemble(config, "finetune", task=task, world=world, processor=processor, model=model, data=data))

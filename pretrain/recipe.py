@@ -30,7 +30,7 @@ def prepare(config: Config) -> Run:
     sources = read_rows(config)
     task = sources[0].task
     processor = equipped(sources, processor_of(config, sources))
-    check_model(config, task, processor)
+    check_model(config, task, processor, world)
     data = prepare_data(config, sources, processor, world)
     model = _model(config, task, processor)
     return resume(assemble(config, "pretrain", task=task, world=world, processor=processor, model=model, data=data))

@@ -19,6 +19,7 @@ from trainworks.environment import command, environment
 from trainworks.errors import ConfigError
 from trainworks.optim import build_optimizer
 from trainworks.output import check_folder
+from trainworks.parallel import context
 from trainworks.parallel.launch import World, start
 from trainworks.record import ModelFacts, RunRecord
 from trainworks.run import Progress, Run, Step
@@ -56,9 +57,11 @@ def begin(config: Config) -> World:
     )
 
 
-def check_model(config: Config, task: Task, processor: Processor) -> None:
+def check_model(config: Config, task: Task, processor: Processor, world: World) -> None:
     """Build the model without its weights, and tune that, so that what does not fit is known before they load."""
     outline = models.outline(config.model, task.auto_class, task.head(), processor)
+    if world.layout.context > 1:
+        context.check(outline.config, world.layout.context * world.layout.tensor, task)
     tuning.rehearse(config.tuning, outline, auto_class=task.auto_class)
 
 
@@ -77,6 +80,9 @@ def assemble(
     packing = data.packing(config.batch)
     if packing is not None:
         task.verify_packing(model, processor)
+    if world.context is not None:
+        context.verify(model, world.context)
+        context.spread(model, world.context)
     origin = models.fingerprint(config.model, model, seed=config.seed)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class)
     facts = _model_facts(config, model, origin)
@@ -140,7 +146,7 @@ def _micro(batch: Batch, samples: Samples, world: World, vocabulary: int) -> int
         return min(batch.micro, share)
     sizes = samples.lengths()
     longest = 1 if sizes is None else int(sizes.max())
-    tokens = min(_AUTO_TOKENS.get(world.device.type, 8_192), _AUTO_LOGITS // vocabulary)
+    tokens = min(_AUTO_TOKENS.get(world.device.type, 8_192), _AUTO_LOGITS // vocabulary) * world.layout.context
     return max(1, min(share, tokens // longest))
 
 

@@ -17,6 +17,7 @@ from trainworks.data.order import Plan
 from trainworks.data.packing import Packs
 from trainworks.errors import CheckpointError
 from trainworks.full_disk import is_full, room
+from trainworks.parallel.context import whole_lines
 from trainworks.parallel.passes import Passes
 from trainworks.record import EvalReport, RunRecord
 from trainworks.speed.working_weights import WorkingWeights
@@ -62,7 +63,8 @@ class Step(nn.Module):
         with nullcontext() if self.rounded is None else self.rounded.used():
             if ask == "loss":
                 return self.task.loss(self.model, given)
-            return getattr(self.task, ask)(self.model, given, self.processor)
+            with whole_lines(self.model):
+                return getattr(self.task, ask)(self.model, given, self.processor)
 
 
 @dataclass
@@ -171,7 +173,9 @@ class Run:
             pin=self.world.on_gpu,
         )
         for window in todo:
-            yield Window([self.world.move(batch) for batch in window.batches], window.samples, window.tokens)
+            yield Window(
+                [self.world.move(self.world.local(batch)) for batch in window.batches], window.samples, window.tokens
+            )
 
     def evaluation_batches(self, rows: Dataset) -> Iterator[Batch]:
         """Yield this rank's share of `rows` on its device, every row once, fillers with weight 0."""

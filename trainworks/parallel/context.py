@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from trainworks.data.loading import Batch
+    from trainworks.tasks import Task
 
 __all__ = ["check", "split", "spread", "verify", "whole_lines"]
 
@@ -40,13 +41,15 @@ _SETTING = "parallelism_config_cp_size"
 _MOVING_FREQUENCIES = ("dynamic", "longrope")
 
 
-def check(config: PreTrainedConfig, size: int) -> None:
-    """Refuse an architecture whose attention `size` ranks cannot share; LaunchError that names every reason.
+def check(config: PreTrainedConfig, size: int, task: Task) -> None:
+    """Refuse a task or an architecture whose lines `size` ranks cannot share; LaunchError that names every reason.
 
     The number of key and value heads does not matter: they are repeated until they divide. Where tensor parallelism
     has divided the heads before, `size` is the product of both.
     """
-    problems = [*_heads_that_do_not_divide(config, size), *_frequencies_that_move(config)]
+    learns_by_token = task.can_pack  # rows that may share a line are learned token by token
+    problems = [] if learns_by_token else [f"task {task.type} does not learn token by token; the size has to be 1"]
+    problems += [*_heads_that_do_not_divide(config, size), *_frequencies_that_move(config)]
     if undone := without_kernel(config):
         problems.append(f"its attention {undone}, for which there is no kernel without a mask; the size has to be 1")
     if problems:

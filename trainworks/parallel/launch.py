@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainworks import schema
 from trainworks.errors import LaunchError, ToolkitError
 from trainworks.full_disk import is_full
+from trainworks.parallel.context import split
 from trainworks.parallel.layout import Layout, asked
 from trainworks.parallel.restarts import init_method
 from trainworks.parallel.sharding import shard
@@ -156,6 +157,18 @@ class World:
             if self.on_gpu
             else batch
         )
+
+    def local(self, batch: Batch) -> Batch:
+        """Return this rank's slice of a batch whose lines it shares with others; the batch where there are none."""
+        return batch if self.context is None else split(batch, self.context)
+
+    def joined(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what named vectors of the slices of one batch add up to. All ranks, with the same names and sizes."""
+        if self.context is not None:
+            with self._waiting():
+                for term in terms.values():
+                    torch.distributed.all_reduce(term, group=self.context)
+        return dict(terms)
 
     def total(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums of named vectors over the ranks that share samples or tokens. All ranks, with the same names

@@ -40,5 +40,4 @@ class Passes:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return a batch's sums, [rows] by name, without a gradient. All ranks."""
-        terms: dict[str, Tensor] = self._step(batch)
-        return terms
+        return self._world.joined(self._step(self._world.local(batch)))

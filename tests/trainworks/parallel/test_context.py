@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import layouts
 import numpy as np
 import pytest
 import tiny
 import torch
 from distributed import run_ranks
 
+import finetune
 from trainworks import Full, LoRA
 from trainworks.errors import ConfigError, LaunchError
+from trainworks.evaluation import evaluate
 from trainworks.models import initialise
 from trainworks.parallel import context
 from trainworks.schema import FromScratch
 from trainworks.speed.packed_attention import rows_apart
-from trainworks.tasks import SFT
+from trainworks.tasks import SFT, SequenceClassification
 from trainworks.tuning import tune
 
 TASK = SFT(max_length=128)
@@ -177,19 +181,25 @@ def test_positions_are_those_in_the_row() -> None:
 def test_a_size_that_does_not_divide_the_heads_is_refused_with_those_that_do() -> None:
     config = model("llama", SIZES).config
     for size in (1, 2, 4):
-        context.check(config, size)
+        context.check(config, size, TASK)
     with pytest.raises(LaunchError, match=r"cp_size: 3, llama: 3 ranks cannot share 4 attention heads.*do: 1, 2, 4$"):
-        context.check(config, 3)
+        context.check(config, 3, TASK)
     with pytest.raises(LaunchError, match="8 ranks cannot share 4"):
-        context.check(config, 8)
+        context.check(config, 8, TASK)
 
 
 def test_scores_that_are_capped_and_frequencies_that_move_are_refused() -> None:
     with pytest.raises(LaunchError, match="gemma2: its attention caps its scores"):
-        context.check(model("gemma2", SIZES | {"head_dim": 8}).config, 2)
+        context.check(model("gemma2", SIZES | {"head_dim": 8}).config, 2, TASK)
     scaled = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     with pytest.raises(LaunchError, match=r"llama: its rotary embedding \(rope_type: dynamic\) depends on the longest"):
-        context.check(model("llama", SIZES | {"rope_parameters": scaled}).config, 2)
+        context.check(model("llama", SIZES | {"rope_parameters": scaled}).config, 2, TASK)
+
+
+def test_a_task_that_does_not_learn_token_by_token_is_refused() -> None:
+    task = SequenceClassification(text="text", label="label", max_length=64)
+    with pytest.raises(LaunchError, match="llama: task sequence-classification does not learn token by token"):
+        context.check(model("llama", SIZES).config, 2, task)
 
 
 def join(sizes: list[int]) -> dict[int, Any]:
@@ -364,3 +374,37 @@ def test_attention_that_is_not_spread_stays_as_it_is() -> None:
     made.set_attn_implementation("eager")
     with context.whole_lines(made):
         assert made.config._attn_implementation == "eager"
+
+
+RUNS = [["llama", "full"], ["tied", "lora"]]
+
+
+def run_both(folder: str, name: str) -> dict[str, Any]:
+    """Train, and measure a model as it stands; return curves, losses on held-out rows, and what the model says."""
+    curves = layouts.train(folder, RUNS, name, {})
+    run = finetune.prepare(layouts.config(Path(folder), "llama", "full", f"{name}-measured"))
+    report = evaluate(run)
+    return {
+        "curves": curves,
+        "rows": run.statistics[report.name]["loss"][1].tolist(),
+        "loss": report.metrics["loss"].value,
+        "said": [sample.output for sample in report.samples],
+        "ranks": [run.world.processes, run.world.ranks, run.world.layout.context],
+    }
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_share_tokens_takes_the_steps_of_one_process(tmp_path: Path) -> None:
+    layouts.prepare(tmp_path)
+    whole = run_both(str(tmp_path), "one")
+    spread = layouts.SPREADS["CP 2"]
+    arguments = {"folder": str(tmp_path), "name": "two"}
+    results = run_ranks(f"{__file__}:run_both", arguments, ranks=2, mode=spread.mode, sizes=spread.sizes, timeout=300)
+    assert [result["ranks"] for result in results] == [[2, 1, 2]] * 2
+    for result in results:
+        for case, found in result["curves"].items():
+            assert len(found["curve"]) == layouts.STEPS
+            assert np.array(found["curve"]) == pytest.approx(np.array(whole["curves"][case]["curve"]), rel=1e-5)
+        assert np.array(result["rows"]) == pytest.approx(np.array(whole["rows"]), rel=1e-6)
+        assert result["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+        assert result["said"] == whole["said"]
