@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow
     from datasets import Dataset
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from trainworks.data.bad_rows import BadRow
     from trainworks.data.cache import Prepared
     from trainworks.data.loading import Batch, Row
     from trainworks.data.templates import Agreement
+    from trainworks.heads import Head
     from trainworks.record import Sample
 
 __all__ = ["Baseline", "Processor", "Task"]
@@ -59,6 +60,8 @@ class Task(Settings, ABC):
     """The Hub's name of the task."""
     can_pack: ClassVar[bool] = False
     """Whether several rows may share a line of a batch (`batch.pack`): `collate` then heeds each row's `pack`."""
+    can_pipeline: ClassVar[bool] = False
+    """Whether its models can be cut into stages (`layout.pipeline`): it then has `hidden` and `loss_from`."""
     reads: ClassVar[str] = "tokenizer"
     """What turns its rows into tensors: `tokenizer` or `image_processor`."""
 
@@ -157,7 +160,11 @@ class Task(Settings, ABC):
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Return each loss term's sums, [original rows], under the same names as `count`."""
 
-    def loss_from(self, hidden: Tensor, head: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def hidden(self, model: PreTrainedModel, batch: Batch, states: Tensor | None = None) -> Tensor:
+        """Return the backbone's last states, or those of a pipeline's stage, which goes on from the ones given."""
+        raise NotImplementedError(f"{type(self).__name__} has no backbone of its own")
+
+    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:
         """Return the sums from the backbone's last states, for tasks whose model ends in a vocabulary head."""
         raise NotImplementedError(f"{type(self).__name__} has no vocabulary head")
 

@@ -56,6 +56,7 @@ class LanguageTask(Task, ABC):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     pipeline_tag: ClassVar[str] = "text-generation"
     can_pack: ClassVar[bool] = True
+    can_pipeline: ClassVar[bool] = True
 
     expert_balance: Rate = 0.0
     """Weight of a loss that spreads tokens evenly over a layer's experts; it depends on which rows a micro-step sees
@@ -118,7 +119,7 @@ class LanguageTask(Task, ABC):
             given = [{"input_ids": row, "pack": line} for row, line in zip(rows, lines, strict=True)]
             made = self.collate(given, processor, train=False)
             batch = {name: values.to(model.device) for name, values in made.items()}
-            return self._hidden(model, batch)[batch["labels"] != IGNORED].double()
+            return self.hidden(model, batch)[batch["labels"] != IGNORED].double()
 
         training = model.training
         model.eval()
@@ -182,23 +183,26 @@ class LanguageTask(Task, ABC):
         from trainworks.heads import Head
 
         if not self.expert_balance:
-            return self.loss_from(self._hidden(model, batch), Head(model), batch)
+            return self.loss_from(self.hidden(model, batch), Head(model), batch)
         made = self._made(model, batch, output_router_logits=True)
         return self.loss_from(made.last_hidden_state, Head(model), batch) | self._balance(model, made, batch)
 
-    def _hidden(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        """Return the last states [lines, longest, width]."""
-        hidden: Tensor = self._made(model, batch).last_hidden_state
+    def hidden(self, model: PreTrainedModel, batch: Batch, states: Tensor | None = None) -> Tensor:
+        """Return the last states [lines, longest, width]; from the given ones on, where `model` is a later stage."""
+        hidden: Tensor = self._made(model, batch, states).last_hidden_state
         return hidden
 
-    def _made(self, model: PreTrainedModel, batch: Batch, **asked: bool) -> Any:
-        """Return what the backbone makes of a batch."""
+    def _made(self, model: PreTrainedModel, batch: Batch, states: Tensor | None = None, **asked: bool) -> Any:
+        """Return what the backbone makes of a batch, or of the states of an earlier stage."""
         from trainworks.heads import backbone
         from trainworks.speed.packed_attention import rows_apart
 
+        inputs = self.inputs(batch)
+        if states is not None:
+            inputs = {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": states}
         # With a cache, transformers does not look for rows in position_ids, and packed ones would see one another.
         with rows_apart(model, batch) as told:
-            return backbone(model)(**self.inputs(batch), **told, **asked, use_cache=False)
+            return backbone(model)(**inputs, **told, **asked, use_cache=False)
 
     def _balance(self, model: PreTrainedModel, made: Any, batch: Batch) -> dict[str, Tensor]:
         from trainworks.experts import imbalance
@@ -208,7 +212,7 @@ class LanguageTask(Task, ABC):
         rows = parts.new_zeros(len(batch["learned"])).index_add(0, batch["row"].flatten(), parts)
         return {"balance": self.expert_balance * rows}
 
-    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:
         """Return each row's summed cross-entropy from the last states, [lines, longest, width]."""
         rows = batch["row"].flatten()
         losses = head.losses(hidden.flatten(0, 1), batch["labels"].flatten(), ignored=IGNORED)
