@@ -70,8 +70,8 @@ class CostMeter:
 
     def _mfu(self, rate: float | None) -> float | None:
         peaks = [peak for name, peak in _PEAK_BF16.items() if name in self.run.record.environment.device]
-        if rate is None or not peaks:
-            return None
+        if rate is None or not peaks or self.run.world.layout.pipeline > 1:
+            return None  # a rank of a pipeline does not know the other ranks' products
         length = self.run.progress.tokens / self.run.progress.samples
         return rate * flops_per_token(self.run.model, length) / (peaks[0] * self.run.world.processes)
 

@@ -46,7 +46,8 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
 
     Where `run` is put back to a checkpoint between two steps, it goes on from there.
     """
-    parameters = [parameter for parameter in run.step.parameters() if parameter.requires_grad]
+    named, repeated = run.model.named_parameters(), run.passes.repeated
+    parameters = [weight for name, weight in named if weight.requires_grad and name not in repeated]
     run.step.train()
     while run.progress.step < run.plan.num_steps:
         for window in run.windows():

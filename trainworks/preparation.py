@@ -21,6 +21,7 @@ from trainworks.optim import build_optimizer
 from trainworks.output import check_folder
 from trainworks.parallel import context
 from trainworks.parallel.launch import World, start
+from trainworks.parallel.stages import SCHEDULES, check_can_cut, plan_stages
 from trainworks.record import ModelFacts, RunRecord
 from trainworks.run import Progress, Run, Step
 from trainworks.samples import PreparedData, plan
@@ -43,6 +44,8 @@ def begin(config: Config) -> World:
     be had. All ranks."""
     if config.batch.pack != "off" and not config.task.can_pack:
         raise ConfigError(f"batch.pack: task {config.task.type} has no use for packed rows; leave it out")
+    if config.layout.pipeline > 1:
+        _check_pipeline(config)
     tuning.check(config.tuning)
     check_folder(config)
     models.check(config.model)
@@ -63,6 +66,25 @@ def check_model(config: Config, task: Task, processor: Processor, world: World) 
     if world.layout.context > 1:
         context.check(outline.config, world.layout.context * world.layout.tensor, task)
     tuning.rehearse(config.tuning, outline, auto_class=task.auto_class)
+    if config.layout.pipeline > 1:
+        plan = plan_stages(outline, SCHEDULES[config.layout.schedule], config.layout.pipeline)
+        check_can_cut(outline, plan, is_sharded=True)
+
+
+def _check_pipeline(config: Config) -> None:
+    """Refuse what a pipeline cannot do, before anything is read."""
+    if not config.task.can_pipeline:
+        raise ConfigError(f"layout.pipeline: models of task {config.task.type} cannot be cut into stages; leave it out")
+    if config.metrics:
+        raise ConfigError(
+            f"metrics: {', '.join(config.metrics)} looks at predictions, and a pipeline makes none; measure the "
+            "exported model, or leave layout.pipeline out"
+        )
+    if config.speed.compile == "on" and SCHEDULES[config.layout.schedule].splits_backward:
+        raise ConfigError(
+            f"speed.compile: layout.schedule: {config.layout.schedule} makes gradients in two halves, which compiled "
+            "layers do not know; take another schedule, or leave speed.compile out"
+        )
 
 
 def assemble(
@@ -86,9 +108,7 @@ def assemble(
     origin = models.fingerprint(config.model, model, seed=config.seed)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class)
     facts = _model_facts(config, model, origin)
-    if config.speed.compile == "on" or (
-        config.speed.compile == "auto" and can_compile(world.device) and not config.deterministic
-    ):
+    if _compiles(config, world):
         compile_layers(model)
     rounded = None if world.rounding is None else WorkingWeights(model, world.rounding)
     step = world.wrap(Step(model, task, processor, rounded=rounded))
@@ -111,6 +131,7 @@ def assemble(
         micro=micro,
         packing=packing,
         steps_total=order.num_steps,
+        notes=("A pipeline does not generate: no worked examples are shown.",) if world.layout.pipeline > 1 else (),
     )
     run = Run(
         config=config,
@@ -132,6 +153,13 @@ def assemble(
     )
     world.follow(lambda: run.progress.step)
     return run
+
+
+def _compiles(config: Config, world: World) -> bool:
+    if config.speed.compile == "auto":
+        in_halves = world.layout.pipeline > 1 and SCHEDULES[world.layout.schedule].splits_backward
+        return can_compile(world.device) and not config.deterministic and not in_halves
+    return config.speed.compile == "on"
 
 
 _AUTO_TOKENS = {"cpu": 8_192, "cuda": 32_768}

@@ -18,7 +18,7 @@ from trainworks.data.packing import Packs
 from trainworks.errors import CheckpointError
 from trainworks.full_disk import is_full, room
 from trainworks.parallel.context import whole_lines
-from trainworks.parallel.passes import Passes
+from trainworks.parallel.passes import Passes, PipelinePasses
 from trainworks.record import EvalReport, RunRecord
 from trainworks.speed.working_weights import WorkingWeights
 from trainworks.tasks import Processor, Task
@@ -128,7 +128,8 @@ class Run:
     @property
     def passes(self) -> Passes:
         """How the step is called on micro-batches."""
-        return Passes(self.world, self.step)
+        kind = PipelinePasses if self.world.layout.pipeline > 1 else Passes
+        return kind(self.world, self.step)
 
     @property
     def samples(self) -> Samples:

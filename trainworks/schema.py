@@ -198,7 +198,7 @@ class Layout(Settings):
 
     pipeline: Count = 1
     """Processes, or groups of them, that each hold some of the layers."""
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"] = "1f1b"
     """In which order a pipeline works on micro-batches: GPipe (arXiv:1811.06965), 1F1B and interleaved 1F1B
     (arXiv:2104.04473), zero-bubble (arXiv:2401.10241)."""
     expert: Count = 1

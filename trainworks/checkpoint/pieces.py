@@ -22,9 +22,11 @@ __all__ = ["Piece", "Pieces", "buffers", "named_tensors", "owned", "trained"]
 
 
 def named_tensors(run: Run) -> dict[str, Tensor]:
-    """Return everything that training changes: trained weights, buffers that are kept, and the optimizer's state."""
+    """Return everything of this rank's that training changes: trained weights, buffers that are kept, and the
+    optimizer's state."""
     named: dict[str, Tensor] = {}
-    for name, parameter in trained(run).items():
+    own = {name: parameter for name, parameter in trained(run).items() if name not in run.passes.repeated}
+    for name, parameter in own.items():
         named[f"model.{name}"] = parameter
         for key, value in run.optimizer.state.get(parameter, {}).items():
             named[f"optimizer.{name}.{key}"] = value

@@ -38,7 +38,8 @@ def restore(run: Run) -> Checkpoint | None:
 def _load(run: Run, checkpoint: Checkpoint) -> None:
     state = checkpoint.state()
     pieces = Pieces(checkpoint)
-    if unknown := pieces.names("model.") - named_tensors(run).keys():
+    known = {name for names in run.world.gather(list(named_tensors(run))) for name in names}
+    if unknown := pieces.names("model.") - known:
         raise CheckpointError(f"{checkpoint.path}: the model has no {min(unknown)}: the checkpoint is of another model")
     run.stand_at(Progress(**state["progress"]))
     run.watch.load(state["watch"])

@@ -271,10 +271,14 @@ class World:
         if not self.layout.spreads_weights:
             wrapped: nn.Module = self.accelerator.prepare(step)
             return wrapped
-        step.to(self.device)
         if self.layout.tensor > 1:
+            step.to(self.device)
             parallelise(step.model, self)
-        return shard(step, self)
+        if self.layout.pipeline > 1:
+            from trainworks.parallel.pipeline import pipelined
+
+            return pipelined(step, self)
+        return shard(step.to(self.device), self)
 
 
 def start(

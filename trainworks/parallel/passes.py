@@ -11,8 +11,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from trainworks.data.loading import Batch
     from trainworks.parallel.launch import World
+    from trainworks.parallel.pipeline import Pipeline
 
-__all__ = ["Passes"]
+__all__ = ["Passes", "PipelinePasses"]
 
 
 class Passes:
@@ -21,6 +22,11 @@ class Passes:
     def __init__(self, world: World, step: nn.Module) -> None:
         self._world = world
         self._step = step
+
+    @property
+    def repeated(self) -> frozenset[str]:
+        """The names of this rank's weights that are to be counted and saved by another rank, which has them, too."""
+        return frozenset()
 
     def backward(self, batches: Sequence[Batch], whole: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Add each micro-batch's share of the step's gradient to the weights, and return its sums, [rows] by name. All
@@ -41,3 +47,18 @@ class Passes:
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return a batch's sums, [rows] by name, without a gradient. All ranks."""
         return self._world.joined(self._step(self._world.local(batch)))
+
+
+class PipelinePasses(Passes):
+    """How a pipeline is called: with all of a step's micro-batches at once."""
+
+    _step: Pipeline
+
+    @property
+    def repeated(self) -> frozenset[str]:
+        """The name of the embedding on the last rank, where the head shares it."""
+        return self._step.repeated
+
+    def backward(self, batches: Sequence[Batch], whole: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Do the same, all batches under way at once."""
+        return self._step.backward(batches, whole)

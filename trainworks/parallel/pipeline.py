@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -14,17 +14,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainworks.heads import Head
-from trainworks.parallel.stages import Plan, layers_of, stage_of, tied_weight
+from trainworks.parallel.sharding import options
+from trainworks.parallel.stages import SCHEDULES, Plan, cut, layers_of, plan_stages, stage_of, tied_weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
-    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
     from trainworks.data.loading import Batch
+    from trainworks.parallel.launch import World
+    from trainworks.run import Step
     from trainworks.tasks import Task
 
-__all__ = ["Pipeline", "Stage", "total_norm"]
+__all__ = ["Pipeline", "Stage", "pipelined", "total_norm"]
 
 
 @dataclass
@@ -59,15 +61,16 @@ class Stage(nn.Module):
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Entered around each forward pass, such as autocast."""
 
-    def shard(self, mesh: DeviceMesh, **options: Any) -> None:
+    def shard(self, **options: Any) -> None:
         """Spread its weights over the ranks of a mesh by FSDP2, layer by layer. All ranks of the mesh.
 
-        `options` are those of `fully_shard`. Weights are gathered once a step, not for every micro-batch, and so is
-        their gradient exchanged: torch's schedules see to that where the stage is sharded, not its layers alone.
+        `options` are those of `fully_shard`, save `reshard_after_forward`. Weights are gathered once a step, not for
+        every micro-batch, and so is their gradient exchanged: torch's schedules see to that where the stage is
+        sharded, not its layers alone.
         """
         for part in (*layers_of(self.model), self):
             # Zero-bubble schedules (torch 2.13) lose gradients, in silence, of weights that were given back meanwhile.
-            fully_shard(part, mesh=mesh, reshard_after_forward=False, **options)
+            fully_shard(part, **options | {"reshard_after_forward": False})
 
     def forward(self, message: Tensor, *, place: Tensor) -> Tensor:
         """Return the states [message, width] of the batch at `place` [1] behind this stage, or its share of the loss
@@ -87,8 +90,8 @@ class Stage(nn.Module):
         return torch.stack(shares).sum(0, keepdim=True) if shares else states.new_zeros(1)
 
 
-class Pipeline:
-    """A rank's stages, and how batches go through them and the other ranks'.
+class Pipeline(nn.Module):
+    """A rank's stages, and how batches go through them and the other ranks'; it stands where a `Step` does.
 
     All ranks of the group make one alike, of a model that was `cut` by the same plan, and call it alike, with the same
     batches: what travels are states alone.
@@ -110,7 +113,9 @@ class Pipeline:
         `dtype` is that of the states between stages, `averaged` the number of ranks with samples of their own over
         which gradients are averaged when they meet.
         """
-        self._model, self._task, self._plan, self._group = model, task, plan, group
+        super().__init__()
+        self.model, self.task = model, task
+        self._plan, self._group = plan, group
         self._device, self._dtype, self._averaged = device, dtype, averaged
         self._rank = distributed.get_rank(group)
         self._own = plan.stages(self._rank)
@@ -118,6 +123,7 @@ class Pipeline:
             Stage(stage_of(model, plan, own), task, is_first=own == 0, is_last=own == plan.last, dtype=dtype)
             for own in self._own
         ]
+        self.parts = nn.ModuleList(self.stages)
         self._schedule: Any = None
         self._takes = (0, 0)
         if (weight := self._shared()) is not None and self._is_last:
@@ -130,26 +136,34 @@ class Pipeline:
         return self._plan.last in self._own
 
     @property
-    def repeated(self) -> nn.Parameter | None:
-        """The weight of this rank's that the first rank has, too, and that is to be counted and saved there alone."""
-        return self._shared() if self._is_last else None
+    def repeated(self) -> frozenset[str]:
+        """The names of this rank's weights that are to be counted and saved by another rank, which has them, too."""
+        weight = self._shared() if self._is_last else None
+        return frozenset(name for name, own in self.model.named_parameters() if own is weight)
 
     def _shared(self) -> nn.Parameter | None:
         """Return the weight of this rank's that another one has, too, or None."""
-        return None if 0 in self._own and self._is_last else tied_weight(self._model)
+        return None if 0 in self._own and self._is_last else tied_weight(self.model)
 
     def _partners(self, tensor: Tensor) -> Tensor:
         """Return what the first rank has on the last one, and the other way round. Both."""
         partner = self._plan.rank(0 if self._is_last else self._plan.last)
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = tensor.to(self._device).contiguous()
         other = torch.empty_like(local)
         exchange = [
-            distributed.P2POp(distributed.isend, local.contiguous(), group=self._group, group_peer=partner),
+            distributed.P2POp(distributed.isend, local, group=self._group, group_peer=partner),
             distributed.P2POp(distributed.irecv, other, group=self._group, group_peer=partner),
         ]
         for part in distributed.batch_isend_irecv(exchange):
             part.wait()
-        return other
+        return other.to(tensor.device)
+
+    def forward(self, given: Any, *, ask: Literal["loss", "predict", "show"] = "loss") -> Any:
+        """Return the loss sums of a batch. There are no predictions and no worked examples: they are made a token at a
+        time, by a whole model."""
+        if ask == "loss":
+            return self.losses([given])[0]
+        return {} if ask == "predict" else ()
 
     def backward(self, batches: Sequence[Batch], whole: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Add the gradient of an optimizer step's micro-batches to the weights, and return each one's sums, [rows] by
@@ -224,7 +238,7 @@ class Pipeline:
 
     def _told(self, work: _Work) -> list[dict[str, Tensor]]:
         """Return each batch's sums, which the last stage has, on every rank."""
-        names = list(self._task.count(work.batches[0]))
+        names = list(self.task.count(work.batches[0]))
         sizes = [len(batch["weight"]) for batch in work.batches for _ in names]
         joined = torch.empty(sum(sizes), dtype=torch.promote_types(self._dtype, torch.float32), device=self._device)
         if self._is_last:
@@ -234,7 +248,7 @@ class Pipeline:
         return [{name: next(parts) for name in names} for _ in work.batches]
 
     def _message(self, rows: int, *, device: torch.device, grad: bool = False) -> Tensor:
-        width = self._model.config.hidden_size
+        width = self.model.config.hidden_size
         return torch.empty(rows, width, dtype=self._dtype, device=device, requires_grad=grad)
 
     def _schedule_for(self, number: int, message: int) -> Any:
@@ -279,3 +293,25 @@ def total_norm(norm: Tensor, group: ProcessGroup) -> Tensor:
     square = norm.float().square()
     distributed.all_reduce(square, group=group)
     return square.sqrt()
+
+
+def pipelined(step: Step, world: World) -> Pipeline:
+    """Return what stands for a step on this rank of a pipeline: its model is cut in place, and sharded over the ranks
+    that have the same stages. All ranks."""
+    assert world.mesh is not None
+    plan = plan_stages(step.model, SCHEDULES[world.layout.schedule], world.layout.pipeline)
+    cut(step.model, plan, world.stage)
+    step.to(world.device)
+    rounds = world.accelerator.mixed_precision == "bf16"
+    pipeline = Pipeline(
+        step.model,
+        step.task,
+        plan,
+        world.mesh["pipeline"].get_group(),
+        device=world.device,
+        dtype=torch.bfloat16 if rounds else step.model.dtype,
+        averaged=world.averaged,
+    )
+    for stage in pipeline.stages:
+        stage.shard(**options(world))
+    return pipeline

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainworks.parallel.launch import World
     from trainworks.run import Step
 
-__all__ = ["shard"]
+__all__ = ["options", "shard"]
 
 
 def shard(step: Step, world: World) -> nn.Module:
@@ -28,14 +28,15 @@ def shard(step: Step, world: World) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard
 
-    options = _options(world)
+    chosen = options(world)
     for part in _parts(step):
-        fully_shard(part, **options)
-    fully_shard(step, **options | {"reshard_after_forward": False})
+        fully_shard(part, **chosen)
+    fully_shard(step, **chosen | {"reshard_after_forward": False})
     return step
 
 
-def _options(world: World) -> dict[str, Any]:
+def options(world: World) -> dict[str, Any]:
+    """Return how `fully_shard` is to do it: over which mesh, in what precision, gathered for how long."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
     plugin = world.accelerator.state.fsdp_plugin if world.layout.is_sharded else None

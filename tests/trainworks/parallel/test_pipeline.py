@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from trainworks.optim import build_optimizer, gradient_norm, take_step
+from trainworks.optim import build_optimizer, take_step
+from trainworks.parallel.norm import gradient_norm
 from trainworks.parallel.pipeline import Pipeline, total_norm
 from trainworks.parallel.stages import SCHEDULES, check_can_cut, cut, plan_stages
 from trainworks.schema import LoRA, Optim
@@ -127,8 +128,9 @@ def _train(case: Case, folder: Path) -> dict[str, Any]:
     pipeline = Pipeline(model, TASK, plan, group, device=torch.device("cpu"), averaged=case.shards)
     if case.shards > 1:
         for stage in pipeline.stages:
-            stage.shard(shard)
-    counted = [weight for weight in model.parameters() if weight.requires_grad and weight is not pipeline.repeated]
+            stage.shard(mesh=shard)
+    named = model.named_parameters()
+    counted = [weight for name, weight in named if weight.requires_grad and name not in pipeline.repeated]
     optimizer = build_optimizer(OPTIM, model)
     curve = []
     for batches in steps(case):
@@ -142,7 +144,7 @@ def _train(case: Case, folder: Path) -> dict[str, Any]:
         curve.append(((loss / count).item(), norm.item()))
         take_step(optimizer, OPTIM, lr=OPTIM.lr, norm=norm, spoiled=torch.zeros(()))
     evaluated = [sums["loss"].sum().item() for sums in pipeline.losses(steps(case)[0])]
-    weights = {name: weight for name, weight in model.named_parameters() if weight is not pipeline.repeated}
+    weights = {name: weight for name, weight in model.named_parameters() if name not in pipeline.repeated}
     whole = {name: weight.full_tensor() if case.shards > 1 else weight for name, weight in weights.items()}
     if shard.get_local_rank() == 0:
         folder.mkdir(exist_ok=True)
