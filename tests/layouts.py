@@ -57,7 +57,15 @@ SPREADS: dict[str, Spread] = {
     "TP 2, EP 2": Spread(2, "ddp", {"tp": 2}, {"expert": 2}),
     "EP x FSDP2 2x2": Spread(4, "fsdp2", {"dp_shard": 2, "tp": 2}, {"expert": 2}),
     "TP x FSDP2 2x2": Spread(4, "fsdp2", {"dp_shard": 2, "tp": 2}),
+    "PP 2, GPipe": Spread(2, layout={"pipeline": 2, "schedule": "gpipe"}),
+    "PP 2, 1F1B": Spread(2, layout={"pipeline": 2}),
+    "PP 2, interleaved": Spread(2, layout={"pipeline": 2, "schedule": "interleaved"}),
+    "PP 2, zero-bubble": Spread(2, layout={"pipeline": 2, "schedule": "zero-bubble"}),
+    "PP x FSDP2 2x2": Spread(4, "fsdp2", layout={"pipeline": 2}),
+    "PP x TP 2x2": Spread(4, sizes={"tp": 2}, layout={"pipeline": 2}),
 }
+QUICK = ("FSDP2 2", "CP 2", "TP 2, EP 2", "CP x FSDP2 2x2", "TP x FSDP2 2x2", "PP 2, 1F1B", "PP x FSDP2 2x2")
+"""What CI takes."""
 REFUSED: dict[tuple[str, str], str] = {
     (name, model): "has no experts" for name in ("TP 2, EP 2", "EP x FSDP2 2x2") for model in ("llama", "tied")
 }

@@ -73,8 +73,8 @@ def check_model(config: Config, task: Task, processor: Processor, world: World) 
 
 def _check_pipeline(config: Config) -> None:
     """Refuse what a pipeline cannot do, before anything is read."""
-    if not config.task.can_pipeline:
-        raise ConfigError(f"layout.pipeline: models of task {config.task.type} cannot be cut into stages; leave it out")
+    if why := config.task.whole_because():
+        raise ConfigError(f"layout.pipeline: task {config.task.type}: {why}; leave it out")
     if config.metrics:
         raise ConfigError(
             f"metrics: {', '.join(config.metrics)} looks at predictions, and a pipeline makes none; measure the "

@@ -165,7 +165,7 @@ class World:
     def joined(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what named vectors of the slices of one batch add up to. All ranks, with the same names and sizes."""
         if self.context is not None:
-            with self._waiting():
+            with self.waiting():
                 for term in terms.values():
                     torch.distributed.all_reduce(term, group=self.context)
         return dict(terms)

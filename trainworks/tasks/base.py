@@ -60,10 +60,13 @@ class Task(Settings, ABC):
     """The Hub's name of the task."""
     can_pack: ClassVar[bool] = False
     """Whether several rows may share a line of a batch (`batch.pack`): `collate` then heeds each row's `pack`."""
-    can_pipeline: ClassVar[bool] = False
-    """Whether its models can be cut into stages (`layout.pipeline`): it then has `hidden` and `loss_from`."""
     reads: ClassVar[str] = "tokenizer"
     """What turns its rows into tensors: `tokenizer` or `image_processor`."""
+
+    def whole_because(self) -> str:
+        """Return why its models cannot be cut into the stages of a pipeline; empty where they can, by `hidden` and
+        `loss_from`."""
+        return "its models do not end in a vocabulary head"
 
     def columns(self) -> dict[str, Kind]:
         """Return the columns it reads, each with its kind (`text`, `label`, `messages`, `any`); checked before a model

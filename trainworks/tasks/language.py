@@ -56,11 +56,14 @@ class LanguageTask(Task, ABC):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     pipeline_tag: ClassVar[str] = "text-generation"
     can_pack: ClassVar[bool] = True
-    can_pipeline: ClassVar[bool] = True
 
     expert_balance: Rate = 0.0
     """Weight of a loss that spreads tokens evenly over a layer's experts; it depends on which rows a micro-step sees
     together, on all ranks. 0 leaves it out."""
+
+    def whole_because(self) -> str:
+        """Return why its model has to be whole on a rank: to balance its experts, every layer's routing is wanted."""
+        return "expert_balance wants every layer's routing in one place" if self.expert_balance else ""
 
     def equip(self, processor: Processor) -> Processor:
         """Pad with the end token where there is no padding token: padding is never attended to nor learned."""

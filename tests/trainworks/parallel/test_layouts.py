@@ -1,11 +1,13 @@
 """Every layout of processes trains the same model: losses, gradient norms, exported weights, checkpoints of one
 another.
 
-`python tests/layouts.py` makes the whole table; here each layout takes the models that say most about it.
+CI takes some of them, and checkpoints of some others; all of it with TRAINWORKS_LAYOUTS=all. `python tests/layouts.py`
+makes the table of docs/parallelism.md.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import layouts
 import pytest
 
+ALL = os.environ.get("TRAINWORKS_LAYOUTS") == "all"
+NAMES = list(layouts.SPREADS if ALL else layouts.QUICK)
 STEPS, HALF = 10, 5
 CASES = [("llama", "full"), ("tied", "lora"), ("experts", "full")]
 RESUMED = ("llama", "full")
@@ -38,7 +42,7 @@ def curves() -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("name", layouts.SPREADS)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_trains_the_same_model(name: str, place: Path, alone: dict[str, Any], curves: dict[str, Any]) -> None:
     cases = [case for case in CASES if (name, case[0]) not in layouts.REFUSED]
     found = layouts.train_over(place, name, layouts.SPREADS[name], cases, steps=STEPS, save_at=HALF)
@@ -48,13 +52,19 @@ def test_it_trains_the_same_model(name: str, place: Path, alone: dict[str, Any],
     curves[name] = found
 
 
-@pytest.mark.parametrize("name", ["one", *layouts.SPREADS])
+@pytest.mark.parametrize("name", ["one", *NAMES])
 def test_it_goes_on_from_checkpoints_of_the_others(
     name: str, place: Path, alone: dict[str, Any], curves: dict[str, Any]
 ) -> None:
     spread = layouts.SPREADS.get(name, layouts.ONE)
     key = "-".join(RESUMED)
-    others = [other for other in ("one", *curves) if other != name]
+    others = ["one", *curves]
+    place_of_name = others.index(name)
+    others = [
+        other
+        for other in (others if ALL else [*others, *others][place_of_name + 1 : place_of_name + 3])
+        if other != name
+    ]
     for other in others:
         shutil.copytree(place / "saved" / f"{other}-{key}", place / "runs" / f"{other} to {name}-{key}")
     found = layouts.resume_over(place, [f"{other} to {name}" for other in others], spread, RESUMED, steps=STEPS)
