@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -115,3 +116,31 @@ def test_the_kubernetes_job_counts_a_preempted_pod_as_no_failure() -> None:
     assert os.access(ROOT / program, os.X_OK)
     assert not output.startswith("-")
     assert launcher[launcher.index("-m") + 1] in ("finetune", "pretrain")
+
+
+def test_the_job_set_starts_one_process_group_over_all_its_pods() -> None:
+    job_set = yaml.safe_load((CLUSTER / "kubernetes-jobset.yaml").read_text(encoding="utf-8"))
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (job["completionMode"], job["completions"]) == ("Indexed", job["parallelism"])
+    (container,) = job["template"]["spec"]["containers"]
+    words = shlex.split(container["command"][-1])
+    assert (ROOT / words[1]).is_file()
+    options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--"))
+    assert int(options["num_machines"]) == job["parallelism"]
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert int(options["num_processes"]) == job["parallelism"] * gpus
+    # JobSet's name for the first pod: set, job, replica, pod, and the set's service.
+    assert options["main_process_ip"] == "{0}-{1}-0-0.{0}".format(job_set["metadata"]["name"], replicated["name"])
+    hardware = yaml.safe_load((ROOT / options["config_file"]).read_text(encoding="utf-8"))
+    sizes = hardware["parallelism_config"].values()
+    assert math.prod(sizes) == int(options["num_processes"])
+
+
+def test_the_cloud_job_goes_on_after_75_from_what_outlasts_its_machines() -> None:
+    task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text(encoding="utf-8"))
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert any(task["envs"]["OUTPUT"].startswith(place) for place in task["file_mounts"])
+    for name in ("RUN", "HARDWARE"):
+        assert (ROOT / task["envs"][name]).is_file()
+    assert (ROOT / shlex.split(task["run"])[0]).is_file()

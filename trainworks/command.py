@@ -16,6 +16,7 @@ import typer
 from trainworks.config import dump, load
 from trainworks.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ToolkitError
 from trainworks.output import is_complete, write_outcome
+from trainworks.parallel.layout import asked
 from trainworks.parallel.verdict import Report
 from trainworks.parallel.watchdog import Watchdog, exit_status
 from trainworks.record import Outcome, RunRecord
@@ -84,6 +85,7 @@ def _command(
 def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     """Train, export, and write the card; upload when the run file asks for it."""
     follow_launcher()
+    asked(config.layout)  # before anything heavy is imported, though the start of every process asks again
     prepare = recipe()
     import model_cards
     from trainworks.exporting import export

@@ -19,7 +19,7 @@ from trainworks.environment import command, environment
 from trainworks.errors import ConfigError
 from trainworks.optim import build_optimizer
 from trainworks.output import check_folder
-from trainworks.parallel import context
+from trainworks.parallel import context, tensor
 from trainworks.parallel.launch import World, start
 from trainworks.parallel.stages import SCHEDULES, check_can_cut, plan_stages
 from trainworks.record import ModelFacts, RunRecord
@@ -66,6 +66,8 @@ def check_model(config: Config, task: Task, processor: Processor, world: World) 
     if world.layout.context > 1:
         context.check(outline.config, world.layout.context * world.layout.tensor, task)
     tuning.rehearse(config.tuning, outline, auto_class=task.auto_class)
+    if world.layout.tensor > 1:
+        tensor.check(outline, world.layout)
     if config.layout.pipeline > 1:
         plan = plan_stages(outline, SCHEDULES[config.layout.schedule], config.layout.pipeline)
         check_can_cut(outline, plan, is_sharded=True)
