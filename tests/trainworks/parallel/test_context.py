@@ -376,7 +376,7 @@ def test_attention_that_is_not_spread_stays_as_it_is() -> None:
         assert made.config._attn_implementation == "eager"
 
 
-RUNS = [["llama", "full"], ["tied", "lora"]]
+RUNS = [["llama", "full"]]
 
 
 def run_both(folder: str, name: str) -> dict[str, Any]:
