@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distributed import let_fsdp_run_on_cpu
+
 
 def _raise() -> None:
     raise ValueError("broken on purpose, hf_abcdefghijklmnopqrstuvwx")
@@ -70,4 +72,6 @@ if __name__ == "__main__":
     rank, place, how, mark = os.environ["FAULT"].split(":")
     if rank == os.environ["RANK"] and not Path(mark).exists():
         break_at(place, HOW[how], Path(mark))
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        let_fsdp_run_on_cpu()
     runpy.run_module("finetune", run_name="__main__", alter_sys=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trainworks.errors import ToolkitError
     from trainworks.evaluation import evaluate
     from trainworks.exporting import export
+    from trainworks.launching import run_on
     from trainworks.loop import TrainStep, train_steps
     from trainworks.preview import Preview
     from trainworks.reading import Data, Limit, Mixture, Part
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         Full,
         Goal,
         Hub,
+        Layout,
         LoRA,
         NewTokenizer,
         Optim,
@@ -51,6 +53,7 @@ __all__ = [
     "Full",
     "Goal",
     "Hub",
+    "Layout",
     "Limit",
     "LoRA",
     "Mixture",
@@ -69,6 +72,7 @@ __all__ = [
     "export",
     "fit",
     "read_record",
+    "run_on",
     "train_steps",
 ]
 
@@ -81,6 +85,7 @@ _SCHEMA = (
     "Full",
     "Goal",
     "Hub",
+    "Layout",
     "LoRA",
     "NewTokenizer",
     "Optim",
@@ -99,6 +104,7 @@ __getattr__ = exports(
     Run="trainworks.run",
     ToolkitError="trainworks.errors",
     evaluate="trainworks.evaluation",
+    run_on="trainworks.launching",
     export="trainworks.exporting",
     fit="trainworks.training",
 )

@@ -16,8 +16,10 @@ from itertools import product
 from pathlib import Path
 from uuid import uuid4
 
+import layouts
 import pytest
 import tiny
+from distributed import ENVIRONMENT
 
 from trainworks import read_record
 from trainworks.record import read_outcome
@@ -50,7 +52,10 @@ FEW = [
 LONG_WORK = ("preparing", "stands")  # is waited for: it may have much to do
 MANY = [(2, rank, place, how) for rank, place, how in product((0, 1), PLACES, ENDED) if (place, how) != LONG_WORK]
 MANY += [(3, rank, place, how) for rank, place, how in product((0, 2), ("5", "saving"), ENDED)]
-CASES = MANY if os.environ.get("TRAINWORKS_FAULTS") == "all" else FEW
+ALL = os.environ.get("TRAINWORKS_FAULTS") == "all"
+CASES = MANY if ALL else FEW
+MANY_SPREAD = list(product(layouts.SPREADS, ("killed", "stopped", "stands")))
+SPREAD = MANY_SPREAD if ALL else [("TP 2", "killed"), ("PP 2, 1F1B", "stopped")]
 
 
 @dataclass
@@ -85,24 +90,33 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launched(
-    place: Path, output: Path, fault: str = "none::", *options: str, ranks: int = 2, workers: int = 0
+    place: Path,
+    output: Path,
+    fault: str = "none::",
+    *options: str,
+    ranks: int = 2,
+    workers: int = 0,
+    spread: layouts.Spread | None = None,
 ) -> Launched:
     """Start ranks, one of which breaks, and follow them until the last of them is gone."""
     mark = f"STARTED_BY_TEST={uuid4().hex}"
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
     broken = output.with_suffix(".broken")
-    own = {
-        "ACCELERATE_USE_CPU": "1",
+    asked = layouts.Spread(ranks) if spread is None else spread
+    own = ENVIRONMENT[asked.mode] | {
         "FAULT": f"{fault}:{broken}",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
         "TRAINWORKS_CACHE": str(place / ".cache"),
     }
+    own |= {f"PARALLELISM_CONFIG_{key.upper()}_SIZE": str(size) for key, size in asked.sizes.items()}
+    layout = [f"layout.{key}={value}" for key, value in asked.layout.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
+    changes = [f"output={output}", f"data.workers={workers}", *layout]
     log = output.with_suffix(".log")
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*command, str(ROOT / "tests" / "faulty.py"), "run.yaml", f"output={output}", f"data.workers={workers}"],
+            [*command, str(ROOT / "tests" / "faulty.py"), "run.yaml", *changes],
             cwd=place,
             env=inherited | own | dict([mark.split("=")]),
             stdin=subprocess.DEVNULL,
@@ -164,6 +178,20 @@ def test_the_rank_that_breaks_is_named_and_the_others_leave_at_once(
     stacks = {path.name for path in (ended.output / "stacks").iterdir()}
     assert {f"rank-{rank:05d}.txt" for rank in stayed} <= stacks
     assert "most recent call first" in (ended.output / "stacks" / f"rank-{min(stayed):05d}.txt").read_text()
+
+
+@pytest.mark.parametrize(("name", "how"), SPREAD)
+def test_a_rank_that_breaks_is_named_whatever_the_model_is_spread_over(
+    name: str, how: str, place: Path, tmp_path: Path
+) -> None:
+    spread = layouts.SPREADS[name]
+    culprit = spread.ranks - 1
+    ended = launched(place, tmp_path / "run", f"{culprit}:5:{how}", ranks=spread.ranks, spread=spread)
+    outcome = read_outcome(ended.output)
+    assert f"rank {culprit} (" in outcome.reason
+    assert ENDED[how][1] in outcome.reason
+    allowed = AT_ONCE + (TIMEOUT if how in HANGS else 0)
+    assert max(seen - ended.broke for rank, seen in ended.last_seen.items() if rank != culprit) < allowed
 
 
 def test_a_death_is_noticed_though_the_ranks_workers_hold_on_to_its_connections(place: Path, tmp_path: Path) -> None:
