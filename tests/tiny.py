@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     make = {
         "causal-lm": lambda: {"text": sentence(rng, 40)},
+        "masked-lm": lambda: {"text": sentence(rng, 40)},
         "sft": lambda: {"prompt": sentence(rng, 6), "completion": sentence(rng, 16)},
         "sequence-classification": lambda: {"text": sentence(rng, 16), "label": rng.choice(["bad", "good", "so-so"])},
     }[task]
@@ -37,6 +39,7 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal-lm": {"block": 23},
+    "masked-lm": {"block": 23, "across": False, "whole_words": True},
     "sft": {"max_length": 128},
     "sequence-classification": {"max_length": 64},
 }
@@ -56,12 +59,21 @@ def save_model(folder: Path, task: str, *, dropout: float = 0.0, tied: bool = Fa
     """Write a tiny model for the task, with its tokenizer, and return the folder."""
     bert = {"max_position_embeddings": 128, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     llama = {"max_position_embeddings": 256, "attention_dropout": dropout, "tie_word_embeddings": tied}
-    architecture, extra = ("bert", bert) if task == "sequence-classification" else ("llama", llama)
+    architecture, extra = ("bert", bert) if task in ENCODERS else ("llama", llama)
     made = FromScratch(architecture=architecture, sizes=SIZES | extra, tokenizer="unused")
-    auto_class = "AutoModel" if architecture == "bert" else TASKS[task].auto_class
-    initialise(made, auto_class, tokenizer(), seed=1).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    own = tokenizer_for(task)
+    initialise(made, ENCODERS.get(task, TASKS[task].auto_class), own, seed=1).save_pretrained(folder)
+    own.save_pretrained(folder)
     return folder
+
+
+ENCODERS = {"sequence-classification": "AutoModel", "masked-lm": "AutoModelForMaskedLM"}
+"""Tasks that are tried on an encoder, and what the tiny one is saved as."""
+
+
+def tokenizer_for(task: str) -> Any:
+    """Return the small tokenizer with what the task's needs besides."""
+    return TASKS[task](**OPTIONS[task]).equip(deepcopy(tokenizer())) if task == "masked-lm" else tokenizer()
 
 
 def save_rows(path: Path, task: str, number: int) -> Path:

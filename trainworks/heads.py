@@ -1,17 +1,23 @@
-"""The two halves of a language model: the backbone that ends in hidden states, and the head that makes logits of
-them."""
+"""The two halves of a language model: what ends in hidden states, and the head that makes logits of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from trainworks.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-__all__ = ["Head", "backbone", "repeated_layers"]
+__all__ = ["Head", "backbone", "repeated_layers", "states_at", "unknown_head"]
+
+_AT_ONCE = 1024
+"""Tokens whose logits are held together where only the likeliest is wanted."""
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -37,6 +43,37 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
     return found
 
 
+def states_at(model: PreTrainedModel, places: Tensor, **inputs: Tensor | bool) -> Tensor:
+    """Return what the output layer is given at `places`, numbers in [rows x length], as [places, width].
+
+    The model itself is called, so that whatever stands between its backbone and the layer (BERT's transform, T5's
+    scale) is its own; but the layer is given nothing to work on, and no logits are made. ConfigError for a model that
+    makes them without such a layer.
+    """
+    kept: list[Tensor] = []
+
+    def keep(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        kept.append(given[0].flatten(0, 1)[places])
+        return (given[0][:, :0],)
+
+    layer: nn.Module | None = model.get_output_embeddings()
+    if layer is None:
+        raise unknown_head(model)
+    with layer.register_forward_pre_hook(keep):
+        model(**inputs)
+    if len(kept) != 1:
+        raise unknown_head(model)
+    return kept[0]
+
+
+def unknown_head(model: PreTrainedModel) -> ConfigError:
+    """Return the error for a model whose logits are not those that `Head` makes."""
+    return ConfigError(
+        f"model: {type(model).__name__} makes its logits in a way this version does not know, and would be trained on "
+        "another loss than its own; please report the architecture"
+    )
+
+
 _SCALES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logit_scale": lambda logits, scale: logits * scale,
     "logits_scaling": lambda logits, scale: logits / scale,
@@ -55,13 +92,21 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return logits [..., vocabulary] of states [..., width]."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return self._shaped(logits)
+        added = self._added()
+        return self._shaped(logits if added is None else logits + added)
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """Return the likeliest token after each of some states [tokens, width], some of them at a time."""
+        import torch
+
+        return torch.cat([self(part).argmax(-1) for part in hidden.split(_AT_ONCE)])
 
     def losses(self, hidden: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
         """Return -log p(label) in nats, [tokens], of states [tokens, width]; 0 where the label is `ignored`.
 
-        A plain product with weights is done a chunk at a time, and its tokens' losses must be weighed alike afterwards
-        (see `head_losses`); anything else, such as an adapter on the head, makes all its logits first.
+        A plain product with weights, a bias added or not, is done a chunk at a time, and its tokens' losses must be
+        weighed alike afterwards (see `head_losses`); anything else, such as an adapter on the head, makes all its
+        logits first.
         """
         from torch import nn
 
@@ -69,10 +114,21 @@ class Head:
         from trainworks.speed.loss_head import head_losses
 
         layer = self.model.get_output_embeddings()
-        if type(layer) is nn.Linear and [name for name, _ in layer.named_parameters()] == ["weight"]:
+        weights = dict(layer.named_parameters())
+        if type(layer) is nn.Linear and weights.keys() <= {"weight", "bias"}:
             shape = self._shaped if self._amounts() else None
-            return head_losses(hidden, layer.weight, labels, ignored=ignored, shape=shape)
+            return head_losses(hidden, layer.weight, labels, ignored=ignored, bias=self._bias(weights), shape=shape)
         return token_losses(self(hidden), labels, ignored=ignored)
+
+    def _bias(self, weights: Mapping[str, Tensor]) -> Tensor | None:
+        terms = [term for term in (weights.get("bias"), self._added()) if term is not None]
+        return functools.reduce(operator.add, terms) if terms else None
+
+    def _added(self) -> Tensor | None:
+        """Return what some architectures (BART, Marian) add to their logits, [vocabulary]."""
+        buffers = dict(self.model.named_buffers(recurse=False))
+        added = buffers.get("final_logits_bias")
+        return None if added is None else added.flatten()
 
     def _amounts(self) -> dict[str, float]:
         amounts = {name: getattr(self.model.config, name, None) for name in _SCALES}

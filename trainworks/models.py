@@ -201,11 +201,12 @@ def _from_sizes(settings: FromScratch, head: dict[str, Any], tokenizer: Any) -> 
     from transformers import CONFIG_MAPPING
 
     _check_sizes(settings)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    kind = CONFIG_MAPPING[settings.architecture]
+    # ModernBERT's own numbers for the last two lie outside of a smaller vocabulary.
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", *({"cls_token_id", "sep_token_id"} & {*kind().to_dict()}))
+    ids = {name: getattr(tokenizer, name) for name in names}
     with _refusing(f"model.sizes: {settings.architecture}"):
-        config: PretrainedConfig = CONFIG_MAPPING[settings.architecture](
-            **({"vocab_size": len(tokenizer)} | ids | head | settings.sizes)
-        )
+        config: PretrainedConfig = kind(**({"vocab_size": len(tokenizer)} | ids | head | settings.sizes))
     return config
 
 

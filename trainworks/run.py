@@ -51,12 +51,6 @@ class Step(nn.Module):
         self.task = task
         self.processor = processor
         self.rounded = rounded
-        # What accelerate asks a model for when it shards: where to cut, and to tie shared weights again afterwards.
-        self._no_split_modules = list(model._no_split_modules or [])
-
-    def tie_weights(self) -> None:
-        """Make weights that the model shares one tensor again."""
-        self.model.tie_weights()
 
     def forward(self, given: Any, *, ask: Literal["loss", "predict", "show"] = "loss") -> Any:
         """Return the loss sums of a batch, or its predictions, or worked examples of some rows."""

@@ -39,6 +39,7 @@ FIXTURES = {
         "sequence-classification", {"text": None, "label": "good"}, (PLACE, "column 'text': null text")
     ),
     "no text": Fixture("sequence-classification", {"label": "good"}, (PLACE, "column 'text': null text")),
+    "no document": Fixture("masked-lm", {"text": ""}, (PLACE, "column 'text': no tokens"), {"text": "a cat"}),
     "null answer": Fixture("sft", {"prompt": "a", "completion": None}, (PLACE, "column 'completion': null text"), PAIR),
     "no tokens": Fixture("sequence-classification", {"text": "", "label": "good"}, (PLACE, "column 'text': no tokens")),
     "null label": Fixture(

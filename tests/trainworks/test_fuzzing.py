@@ -197,6 +197,7 @@ def rows_of(task: str, rng: random.Random) -> list[dict[str, Any]]:
 def options_of(task: str, rng: random.Random) -> dict[str, Any]:
     choices: dict[str, dict[str, list[Any]]] = {
         "causal-lm": {"across": [True, False]},
+        "masked-lm": {"across": [True, False], "whole_words": [True, False]},
         "sft": {
             "learn": ["all", "last", "weighted"],
             "turns": ["together", "apart"],
@@ -224,7 +225,7 @@ def prepared(config: finetune.Config, template: str) -> str:
     """Return the digest of what a run would train on, or the kind of error that it ends with."""
     try:
         sources = read_rows(config)
-        processor = equipped(sources, chat_templates.with_template(tiny.tokenizer(), template))
+        processor = equipped(sources, chat_templates.with_template(tiny.tokenizer_for(config.task.type), template))
         data = prepare_data(config, sources, processor, World(accelerator=None))  # type: ignore[arg-type]
     except ToolkitError as error:
         return sound(error)
@@ -240,7 +241,7 @@ def test_mutated_rows_give_samples_or_a_toolkit_error(
 ) -> None:
     def one(number: int) -> str:
         rng = random.Random(f"rows {number}")
-        name = rng.choice(["sft", "sft", "causal-lm", "sequence-classification"])
+        name = rng.choice(["sft", "sft", "sft", "causal-lm", "masked-lm", "sequence-classification"])
         folder = tmp_path / str(number)
         folder.mkdir()
         monkeypatch.setenv("TRAINWORKS_CACHE", str(folder / "cache"))

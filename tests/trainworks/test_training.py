@@ -16,6 +16,12 @@ from trainworks.checkpoint import checkpoints, save
 from trainworks.errors import ConfigError, DataError, TrainingError
 from trainworks.tasks import TASKS
 
+WITHOUT_MODEL = {
+    "causal-lm": ["unigram"],
+    "masked-lm": ["unigram"],
+    "sequence-classification": ["majority class"],
+}
+
 
 @pytest.fixture(params=sorted(TASKS))
 def task(request: pytest.FixtureRequest) -> str:
@@ -35,7 +41,7 @@ def losses(record: RunRecord) -> list[tuple[int, float, float]]:
 
 def test_a_run_is_measured_against_its_baselines(task: str, tmp_path: Path) -> None:
     record = finetune.fit(prepared(task, tmp_path))
-    without_model = {"causal-lm": ["unigram"], "sequence-classification": ["majority class"]}.get(task, [])
+    without_model = WITHOUT_MODEL.get(task, [])
     assert [report.name for report in record.reports] == [*without_model, "untuned", "final"]
     assert record.status == "complete"
     assert (record.step, record.samples) == (record.steps_total, record.curve[-1].samples)

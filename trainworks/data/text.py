@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trainworks.data.cache import digest
 
-__all__ = ["encode", "pad", "tokenizer_digest"]
+__all__ = ["encode", "encode_words", "pad", "tokenizer_digest"]
 
 Tokenizer = Any
 
@@ -30,14 +30,27 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 def encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Yield the ids of each text, with what the tokenizer puts around a text by itself, many texts at a time."""
+    # Past transformers' call, which also makes masks and offsets, as Python numbers.
+    for batch in _batches(texts, tokenizer):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch):
+            yield encoding.ids
+
+
+def encode_words(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int | None]]]:
+    """Yield the ids of each text as `encode` does, and of each token the number of its word, None for what stands in
+    no word."""
+    for batch in _batches(texts, tokenizer):
+        for encoding in tokenizer.backend_tokenizer.encode_batch(batch):
+            yield encoding.ids, encoding.word_ids
+
+
+def _batches(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str]]:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     rest = iter(texts)
     while batch := list(islice(rest, _BATCH)):
-        # Past transformers' call, which also makes masks and offsets, as Python numbers.
-        for encoding in backend.encode_batch_fast(batch):
-            yield encoding.ids
+        yield batch
 
 
 def pad(rows: Sequence[NDArray[Any]], value: int, *, width: int | None = None) -> NDArray[np.int64]:

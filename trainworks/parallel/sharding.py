@@ -58,10 +58,18 @@ def _mesh(world: World) -> DeviceMesh:
 
 
 def _parts(step: Step) -> Iterator[nn.Module]:
-    """Yield what is gathered by itself: the repeated layers, and embeddings that no head shares."""
-    layers = repeated_layers(step.model)
-    yield from layers
-    embeddings, head = step.model.get_input_embeddings(), step.model.get_output_embeddings()
-    is_shared = head is not None and head.weight is embeddings.weight
-    if not is_shared and not any(embeddings in set(layer.modules()) for layer in layers):
-        yield embeddings
+    """Yield what is gathered by itself: the repeated layers and the embeddings, where they share no weights with what
+    is outside of them; torch has such weights in one place only."""
+    seen: set[nn.Module] = set()
+    for part in (*repeated_layers(step.model), step.model.get_input_embeddings()):
+        if not seen & {*part.modules()} and not _shares(part, step):
+            yield part
+            seen |= {*part.modules()}
+
+
+def _shares(part: nn.Module, step: Step) -> bool:
+    """Tell whether a part has a weight that is also outside of it."""
+    inside = {*part.modules()}
+    own = {weight for module in inside for weight in module.parameters(recurse=False)}
+    outside = (module for module in step.modules() if module not in inside)
+    return any(weight in own for module in outside for weight in module.parameters(recurse=False))

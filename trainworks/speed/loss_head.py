@@ -26,59 +26,79 @@ Shape = Callable[[Tensor], Tensor]
 """What the architecture does to logits after the product with the weights, element by element."""
 
 
-def head_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignored: int, shape: Shape | None = None) -> Tensor:
-    """Return -log p(label) in nats, [tokens] in float32 at least, of states [tokens, width] and head weights
-    [vocabulary, width]; 0 where the label is `ignored`.
+def head_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignored: int,
+    bias: Tensor | None = None,
+    shape: Shape | None = None,
+) -> Tensor:
+    """Return -log p(label) in nats, [tokens] in float32 at least, of states [tokens, width], head weights
+    [vocabulary, width] and, where there is one, its bias [vocabulary]; 0 where the label is `ignored`.
 
     Memory is that of one chunk of logits, whatever the number of tokens. The gradients are made in the forward pass,
     while a chunk's logits are there (as in Liger kernels, Hsu et al. 2024, arXiv:2410.10989), and scaled in the
     backward pass. So every token's loss must be weighed alike afterwards, as where a row's sum is divided by one count;
     RuntimeError in the backward pass when they are not.
     """
-    losses: Tensor = _HeadLosses.apply(hidden, weight, labels, ignored, shape)  # type: ignore[no-untyped-call]
+    losses: Tensor = _HeadLosses.apply(hidden, weight, bias, labels, ignored, shape)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignored: int, shape: Shape | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignored: int,
+        shape: Shape | None,
+    ) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         states, matrix = hidden.to(dtype), weight.to(dtype)
-        wants_states, wants_weight = ctx.needs_input_grad[:2]
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         exact = torch.promote_types(dtype, torch.float32)
         losses = torch.zeros(len(labels), dtype=exact, device=hidden.device)
         to_states = torch.empty_like(states) if wants_states else None
+        to_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
         to_weight: list[Tensor] = []
         for part in _chunks(len(labels), len(weight), device):
-            logits = states[part] @ matrix.t()
-            if not wants_states and not wants_weight:
+            logits = torch.nn.functional.linear(states[part], matrix, None if bias is None else bias.to(dtype))
+            if not (wants_states or wants_weight or wants_bias):
                 shaped = logits if shape is None else shape(_exact(logits))
                 losses[part] = token_losses(shaped, labels[part], ignored=ignored)
                 continue
             losses[part], gradient = _for(_chunk, device)(logits, labels[part], ignored, shape)
             if to_states is not None:
                 torch.mm(gradient, matrix, out=to_states[part])
+            if to_bias is not None:
+                to_bias += gradient.sum(0, dtype=exact)
             if wants_weight:
                 to_weight.append(gradient.t() @ states[part])
                 if len(to_weight) > _KEPT[device]:
                     last = to_weight.pop()
                     to_weight[0] = _exact(to_weight[0]).add_(last)
-        ctx.save_for_backward(labels != ignored, to_states, *to_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.save_for_backward(labels != ignored, to_states, to_bias, *to_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return losses
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        learned, to_states, *to_weight = ctx.saved_tensors
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        learned, to_states, to_bias, *to_weight = ctx.saved_tensors
         scale = (above * learned).amax()
         # What is not a number passes: the step is then a bad one, and told as such.
         torch._assert_async(~((above - scale).abs() * learned > 0).any(), "head_losses: tokens are not weighed alike")
-        of_hidden, of_weight = ctx.dtypes
+        of_hidden, of_weight, of_bias = ctx.dtypes
         summed = _for(_summed, above.device.type)
         states = None if to_states is None else summed([to_states], scale, of_hidden)
         matrix = summed(to_weight, scale, of_weight) if to_weight else None
-        return states, matrix, None, None, None
+        added = None if to_bias is None else (to_bias * scale).to(of_bias)
+        return states, matrix, added, None, None, None
 
 
 def _summed(parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:

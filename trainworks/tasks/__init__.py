@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainworks.tasks.base import Baseline, Processor, Task
 from trainworks.tasks.causal_lm import CausalLM
+from trainworks.tasks.masked_lm import MaskedLM
 from trainworks.tasks.sequence_classification import SequenceClassification
 from trainworks.tasks.sft import SFT
 
@@ -12,9 +13,15 @@ __all__ = [
     "TASKS",
     "Baseline",
     "CausalLM",
+    "MaskedLM",
     "Processor",
     "SequenceClassification",
     "Task",
 ]
 
-TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "sft": SFT, "sequence-classification": SequenceClassification}
+TASKS: dict[str, type[Task]] = {
+    "causal-lm": CausalLM,
+    "masked-lm": MaskedLM,
+    "sft": SFT,
+    "sequence-classification": SequenceClassification,
+}

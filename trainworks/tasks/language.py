@@ -84,7 +84,7 @@ class LanguageTask(Task, ABC):
         """Prove that no token sees the ones after it, and that backbone and head make the model's own logits."""
         import torch
 
-        from trainworks.heads import Head, backbone
+        from trainworks.heads import Head, backbone, unknown_head
 
         ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
         changed = ids.clone()
@@ -104,10 +104,7 @@ class LanguageTask(Task, ABC):
                 "a decoder, such as a Llama, Qwen or GPT model"
             )
         if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-4):
-            raise ConfigError(
-                f"model: {kind} makes its logits in a way this version does not know, and would be trained on another "
-                "loss than its own; please report the architecture"
-            )
+            raise unknown_head(model)
 
     def verify_packing(self, model: PreTrainedModel, processor: Processor) -> None:
         """Prove that rows on one line have the states they have alone.

@@ -56,6 +56,21 @@ def test_loss_and_gradients_are_those_of_the_plain_head(
         assert torch.allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_a_bias_is_learned_with_the_weights(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_head._CHUNK_BYTES, "cpu", 4 * VOCABULARY * tokens)
+    hidden, weight, labels = inputs()
+    bias = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    logits = hidden @ weight.t() + bias
+    expected = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    wanted = torch.autograd.grad(expected.sum() * 0.25, (hidden, weight, bias))
+    losses = head_losses(hidden, weight, labels, ignored=IGNORED, bias=bias)
+    got = torch.autograd.grad(losses.sum() * 0.25, (hidden, weight, bias))
+    assert torch.allclose(losses, expected, atol=1e-5)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [None, capped], ids=["plain", "capped"])
 def test_what_a_gpu_compiles_is_the_same(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = inputs()
