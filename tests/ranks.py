@@ -9,7 +9,7 @@ from typing import Any
 import tiny
 
 import finetune
-from trainworks import export, train_steps
+from trainworks import evaluate, export, train_steps
 from trainworks.checkpoint import save
 
 
@@ -36,6 +36,16 @@ def train(
         "notes": list(run.record.notes),
         "weights": [file_digest(path) for path in sorted(exported.glob("*.safetensors"))],
     }
+
+
+def evaluated(folder: str, task: str, output: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate the model as it is; return every metric's value and interval, and the worked examples."""
+    place = Path(folder)
+    config = tiny.config(task, place / "model", place / "rows.jsonl", Path(output), micro=3)
+    config = config.model_copy(update={"task": config.task.model_copy(update=options)})
+    report = evaluate(finetune.prepare(config))
+    values = {name: [estimate.value, estimate.low, estimate.high] for name, estimate in report.metrics.items()}
+    return {"metrics": values, "samples": [sample.model_dump() for sample in report.samples]}
 
 
 def file_digest(path: Path) -> str:

@@ -31,6 +31,7 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
     make = {
         "causal-lm": lambda: {"text": sentence(rng, 40)},
         "masked-lm": lambda: {"text": sentence(rng, 40)},
+        "seq2seq": lambda: {"source": sentence(rng, 16), "target": sentence(rng, 6)},
         "sft": lambda: {"prompt": sentence(rng, 6), "completion": sentence(rng, 16)},
         "sequence-classification": lambda: {"text": sentence(rng, 16), "label": rng.choice(["bad", "good", "so-so"])},
     }[task]
@@ -40,6 +41,7 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal-lm": {"block": 23},
     "masked-lm": {"block": 23, "across": False, "whole_words": True},
+    "seq2seq": {"purpose": "summarization", "prefix": "say: ", "max_source": 64, "max_target": 32},
     "sft": {"max_length": 128},
     "sequence-classification": {"max_length": 64},
 }
@@ -59,10 +61,16 @@ def save_model(folder: Path, task: str, *, dropout: float = 0.0, tied: bool = Fa
     """Write a tiny model for the task, with its tokenizer, and return the folder."""
     bert = {"max_position_embeddings": 128, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     llama = {"max_position_embeddings": 256, "attention_dropout": dropout, "tie_word_embeddings": tied}
-    architecture, extra = ("bert", bert) if task in ENCODERS else ("llama", llama)
-    made = FromScratch(architecture=architecture, sizes=SIZES | extra, tokenizer="unused")
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": dropout}
+    sizes: dict[str, tuple[str, dict[str, Any]]] = dict.fromkeys(ENCODERS, ("bert", SIZES | bert))
+    sizes["seq2seq"] = ("t5", t5)
+    architecture, own_sizes = sizes.get(task, ("llama", SIZES | llama))
+    made = FromScratch(architecture=architecture, sizes=own_sizes, tokenizer="unused")
     own = tokenizer_for(task)
-    initialise(made, ENCODERS.get(task, TASKS[task].auto_class), own, seed=1).save_pretrained(folder)
+    model = initialise(made, ENCODERS.get(task, TASKS[task].auto_class), own, seed=1)
+    if task == "seq2seq":
+        model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = own.pad_token_id
+    model.save_pretrained(folder)
     own.save_pretrained(folder)
     return folder
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         Pretrained,
         Speed,
     )
-    from trainworks.tasks import SFT, CausalLM, MaskedLM, SequenceClassification
+    from trainworks.tasks import SFT, CausalLM, MaskedLM, Seq2Seq, SequenceClassification
     from trainworks.training import fit
 
 __version__ = "0.1.0"
@@ -65,6 +65,7 @@ __all__ = [
     "Preview",
     "Run",
     "RunRecord",
+    "Seq2Seq",
     "SequenceClassification",
     "Speed",
     "ToolkitError",
@@ -98,7 +99,7 @@ __getattr__ = exports(
     __name__,
     **dict.fromkeys(_SCHEMA, "trainworks.schema"),
     **dict.fromkeys(("Data", "Limit", "Mixture", "Part"), "trainworks.reading"),
-    **dict.fromkeys(("SFT", "CausalLM", "MaskedLM", "SequenceClassification"), "trainworks.tasks"),
+    **dict.fromkeys(("SFT", "CausalLM", "MaskedLM", "Seq2Seq", "SequenceClassification"), "trainworks.tasks"),
     **dict.fromkeys(("EvalReport", "RunRecord", "read_record"), "trainworks.record"),
     **dict.fromkeys(("TrainStep", "train_steps"), "trainworks.loop"),
     Preview="trainworks.preview",

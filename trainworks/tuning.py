@@ -64,7 +64,11 @@ def _full(tuning: Full, model: PreTrainedModel, auto_class: str) -> Tuned:
     return Tuned(model.requires_grad_(True))
 
 
-_TASK_TYPES = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}
+_TASK_TYPES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+}
 
 
 def _lora(tuning: LoRA, model: PreTrainedModel, auto_class: str) -> Tuned:

@@ -198,6 +198,7 @@ def options_of(task: str, rng: random.Random) -> dict[str, Any]:
     choices: dict[str, dict[str, list[Any]]] = {
         "causal-lm": {"across": [True, False]},
         "masked-lm": {"across": [True, False], "whole_words": [True, False]},
+        "seq2seq": {"too_long": ["error", "truncate", "drop"], "max_source": [8, 64]},
         "sft": {
             "learn": ["all", "last", "weighted"],
             "turns": ["together", "apart"],
@@ -241,7 +242,7 @@ def test_mutated_rows_give_samples_or_a_toolkit_error(
 ) -> None:
     def one(number: int) -> str:
         rng = random.Random(f"rows {number}")
-        name = rng.choice(["sft", "sft", "sft", "causal-lm", "masked-lm", "sequence-classification"])
+        name = rng.choice(["sft", "sft", "sft", "causal-lm", "masked-lm", "seq2seq", "sequence-classification"])
         folder = tmp_path / str(number)
         folder.mkdir()
         monkeypatch.setenv("TRAINWORKS_CACHE", str(folder / "cache"))

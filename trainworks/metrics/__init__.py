@@ -2,7 +2,19 @@
 
 from trainworks.metrics.base import Metric, Prediction, Statistics
 from trainworks.metrics.classification import Accuracy, BinaryF1, MacroF1
+from trainworks.metrics.generation import CorpusScore, Rouge
 from trainworks.metrics.hugging_face import HuggingFaceMetric
 from trainworks.metrics.ratio import Ratio
 
-__all__ = ["Accuracy", "BinaryF1", "HuggingFaceMetric", "MacroF1", "Metric", "Prediction", "Ratio", "Statistics"]
+__all__ = [
+    "Accuracy",
+    "BinaryF1",
+    "CorpusScore",
+    "HuggingFaceMetric",
+    "MacroF1",
+    "Metric",
+    "Prediction",
+    "Ratio",
+    "Rouge",
+    "Statistics",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainworks.tasks.base import Baseline, Processor, Task
 from trainworks.tasks.causal_lm import CausalLM
 from trainworks.tasks.masked_lm import MaskedLM
+from trainworks.tasks.seq2seq import Seq2Seq
 from trainworks.tasks.sequence_classification import SequenceClassification
 from trainworks.tasks.sft import SFT
 
@@ -15,6 +16,7 @@ __all__ = [
     "CausalLM",
     "MaskedLM",
     "Processor",
+    "Seq2Seq",
     "SequenceClassification",
     "Task",
 ]
@@ -23,5 +25,6 @@ TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "masked-lm": MaskedLM,
     "sft": SFT,
+    "seq2seq": Seq2Seq,
     "sequence-classification": SequenceClassification,
 }

@@ -56,8 +56,6 @@ class Task(Settings, ABC):
     """The YAML tag; each task narrows it to its own."""
     auto_class: ClassVar[str]
     """The transformers Auto class that loads its models."""
-    pipeline_tag: ClassVar[str]
-    """The Hub's name of the task."""
     can_pack: ClassVar[bool] = False
     """Whether several rows may share a line of a batch (`batch.pack`): `collate` then heeds each row's `pack`."""
     reads: ClassVar[str] = "tokenizer"
@@ -67,6 +65,11 @@ class Task(Settings, ABC):
         """Return why its models cannot be cut into the stages of a pipeline; empty where they can, by `hidden` and
         `loss_from`."""
         return "its models do not end in a vocabulary head"
+
+    @property
+    @abstractmethod
+    def pipeline_tag(self) -> str:
+        """The Hub's name of the task."""
 
     def columns(self) -> dict[str, Kind]:
         """Return the columns it reads, each with its kind (`text`, `label`, `messages`, `any`); checked before a model

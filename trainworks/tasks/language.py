@@ -244,22 +244,18 @@ class LanguageTask(Task, ABC):
         )
 
     def _answer(self, model: PreTrainedModel, row: dict[str, Any], processor: Processor) -> Sample:
-        import torch
+        from trainworks.generation import continued
 
         ids, given = row["input_ids"], self.prompt(row)
         others = np.flatnonzero(~self.learned(row)[given:])
         answer = ids[given : given + int(others[0])] if len(others) else ids[given:]
-        prompt = torch.from_numpy(ids[:given].astype(np.int64))[None].to(model.device)
-        said = model.generate(  # type: ignore[operator]
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max(8, min(64, len(answer) + 16)),
-            do_sample=False,
-            eos_token_id=list(self.ends(processor)),
-            pad_token_id=processor.pad_token_id,
+        (said,) = continued(
+            model,
+            [ids[:given]],
+            ends=self.ends(processor),
+            pad=processor.pad_token_id,
+            most=max(8, min(64, len(answer) + 16)),
         )
-        reference, output = (
-            processor.decode(part, skip_special_tokens=True).strip() for part in (answer, said[0, given:])
-        )
+        reference, output = (processor.decode(part, skip_special_tokens=True).strip() for part in (answer, said))
         # With the template's markers, or a reader could not tell one turn from the next.
         return Sample(prompt=processor.decode(ids[:given]).strip(), reference=reference, output=output)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, Strict
 
 from trainworks.data.bad_rows import BadRow, BadRowsError
@@ -16,12 +17,17 @@ from trainworks.data.columns import Kind
 from trainworks.data.conversations import FORMATS, dialogues, flaws, recognised
 from trainworks.data.sequences import encoded, fitted, learns
 from trainworks.data.templates import Agreement, Conversation, agreement, answer_ends
+from trainworks.data.text import IGNORED
 from trainworks.errors import ConfigError, DataError
+from trainworks.metrics import Accuracy, Metric, Prediction
 from trainworks.tasks.base import Processor
 from trainworks.tasks.language import LanguageTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from trainworks.data.loading import Batch
 
 __all__ = ["SFT"]
 
@@ -59,6 +65,9 @@ class SFT(LanguageTask):
     """What becomes of a row in which no token is learned; what is dropped is counted in the record."""
     template: str | None = None
     """A .jinja file with a chat template, for a tokenizer that has none, or to replace its own."""
+    exact_match: bool = False
+    """Whether evaluations also generate, greedily, each row's first answer that is learned, and count those that are
+    the one wanted, but for blanks around it. That takes far longer than the loss."""
 
     def columns(self) -> dict[str, Kind]:
         """Return the columns of the resolved format."""
@@ -162,9 +171,46 @@ class SFT(LanguageTask):
         learned = sum(int(row[1:].sum()) for row in samples.with_format("numpy")["trained"][:])
         return super().facts(samples) | {"counted": learned}
 
+    def metrics(self) -> dict[str, Metric]:
+        """Return `exact_match`, where it is asked for."""
+        return {"exact_match": Accuracy(name="exact_match")} if self.exact_match else {}
+
+    def predict(self, model: PreTrainedModel, batch: Batch, processor: Processor) -> dict[int, Prediction]:
+        """Return the first learned answer of each row, as the model gives it and as it is wanted, where that is
+        measured."""
+        if not self.exact_match:
+            return {}
+        from trainworks.generation import continued, until_end
+
+        ends = self.ends(processor)
+        rows = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
+        asked = [_exchange(*row) for row in zip(*rows, strict=True)]
+        prompts, answers = [prompt for prompt, _ in asked], [until_end(answer, ends) for _, answer in asked]
+        most = 1 + max(map(len, answers))
+        said = continued(model, prompts, ends=ends, pad=processor.pad_token_id, most=most)
+        texts = (
+            [text.strip() for text in processor.batch_decode(part, skip_special_tokens=True)]
+            for part in (said, answers)
+        )
+        return {
+            index: Prediction(output, reference)
+            for index, weight, output, reference in zip(
+                batch["index"].tolist(), batch["weight"].tolist(), *texts, strict=True
+            )
+            if weight  # a filler's labels do not say where its answer is
+        }
+
     def prompt(self, row: dict[str, Any]) -> int:
         """Give everything before the first token that is learned."""
         return max(1, int(np.argmax(row["trained"])))
+
+
+def _exchange(ids: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return what stands before the first learned answer, and the answer; labels are the tokens that follow."""
+    learned = labels != IGNORED
+    begin = int(np.argmax(learned))
+    after = np.flatnonzero(~learned[begin:])
+    return ids[: begin + 1], labels[begin : begin + int(after[0])] if len(after) else labels[begin:]
 
 
 def _samples(conversations: Sequence[Conversation]) -> Dataset:
