@@ -163,6 +163,7 @@ def _opening(run: Run) -> str:
             *([f"rows     {stated}"] if (stated := run.task.stated()) else []),
             *(f"         rows that were left out are listed in {listing}" for listing in data.listings),
             *packed,
+            *(f"note     {note}" for note in run.record.notes),
             f"steps    {plan.num_steps:,} of {plan.per_step} samples, {ranks} x {run.micro} at once{waste}{goes_on}",
             f"machine  {machine.world_size} x {machine.device}, precision {machine.mixed_precision}",
             f"output   {run.folder}",

@@ -16,6 +16,10 @@ from trainworks.run import Run
 __all__ = ["TrainStep", "train_steps"]
 
 
+_NOTHING = 1e-6
+"""What is divided by where nothing is counted; below any count there is, and any sum of class weights."""
+
+
 @dataclass(frozen=True)
 class TrainStep:
     """What one optimizer step did; its tensors are on the device, equal on all ranks, and reading one waits for it."""
@@ -53,7 +57,7 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
         for window in run.windows():
             number = run.progress.step + 1
             counts = run.world.total(_by_source(run, window.batches, [run.task.count(each) for each in window.batches]))
-            whole = {name: count.sum().clamp(min=1) for name, count in counts.items()}
+            whole = {name: count.sum().clamp(min=_NOTHING) for name, count in counts.items()}
             done = run.passes.backward(window.batches, whole)
             sums = run.world.total(_by_source(run, window.batches, done))
             total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()

@@ -133,7 +133,7 @@ def assemble(
         micro=micro,
         packing=packing,
         steps_total=order.num_steps,
-        notes=("A pipeline does not generate: no worked examples are shown.",) if world.layout.pipeline > 1 else (),
+        notes=(*task.notes(data.facts), *_pipeline_notes(world)),
     )
     run = Run(
         config=config,
@@ -155,6 +155,10 @@ def assemble(
     )
     world.follow(lambda: run.progress.step)
     return run
+
+
+def _pipeline_notes(world: World) -> tuple[str, ...]:
+    return ("A pipeline does not generate: no worked examples are shown.",) if world.layout.pipeline > 1 else ()
 
 
 def _compiles(config: Config, world: World) -> bool:

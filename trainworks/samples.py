@@ -105,9 +105,10 @@ def _check_alike(sources: Sequence[Source]) -> None:
     """See that the sources ask for one and the same model."""
     first, *others = sources
     for other in others:
-        if other.task.head() != first.task.head():
+        if other.task.shared() != first.task.shared():
             raise ConfigError(
-                f"data.sources: {first.name} and {other.name} have different classes; name them all in task.labels"
+                f"data.sources: {first.name} and {other.name} have different classes, or classes of different weight; "
+                "name them all in task.labels, and their weights in task.class_weights"
             )
 
 

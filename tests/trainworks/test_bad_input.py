@@ -32,6 +32,7 @@ SAY = {"role": "assistant", "content": "a dog"}
 RULE = {"role": "system", "content": "be brief"}
 TALK = {"messages": [ASK, SAY]}
 PAIR = {"prompt": "a", "completion": "b"}
+WRITTEN = {"source": "a cat", "target": "a dog"}
 PLACE = "rows.jsonl:4: row 3 (from 0)"
 
 FIXTURES = {
@@ -45,6 +46,16 @@ FIXTURES = {
     "null label": Fixture(
         "sequence-classification", {"text": "a", "label": None}, (PLACE, "column 'label': null label")
     ),
+    "unknown label among several": Fixture(
+        "sequence-classification",
+        {"text": "a", "label": ["good", None]},
+        (PLACE, "column 'label': unknown label"),
+        {"text": "a cat", "label": ["good"]},
+    ),
+    "too long a target": Fixture(
+        "seq2seq", {"source": "a", "target": "a dog " * 40}, (PLACE, "column 'target': too long"), WRITTEN
+    ),
+    "blank source": Fixture("seq2seq", {"source": " ", "target": "a"}, (PLACE, "column 'source': blank text"), WRITTEN),
     "null messages": Fixture("sft", {"messages": None}, (PLACE, "column 'messages': null messages"), TALK),
     "unknown role": Fixture(
         "sft", {"messages": [ASK, SAY | {"role": "robot"}]}, (PLACE, "unknown role, turn 1: role 'robot'", "user"), TALK
@@ -73,7 +84,7 @@ def run(fixture: Fixture, folder: Path, policy: str = "error") -> finetune.Confi
     path = folder / "rows.jsonl"
     rows = [dict(fixture.good) for _ in range(12)]
     for row in rows[::2]:
-        row |= {"label": "bad"} if "label" in row else {}
+        row |= {"label": ["bad"] if isinstance(row["label"], list) else "bad"} if "label" in row else {}
     rows[3] = fixture.wrong
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     model = folder / "model"

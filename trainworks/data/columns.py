@@ -16,9 +16,19 @@ from trainworks.errors import DataError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Kind", "class_ids", "class_names", "fingerprint", "listed", "rename", "require_columns"]
+__all__ = [
+    "Kind",
+    "class_ids",
+    "class_names",
+    "class_sets",
+    "fingerprint",
+    "holds_lists",
+    "listed",
+    "rename",
+    "require_columns",
+]
 
-Kind = Literal["text", "label", "messages", "any"]
+Kind = Literal["text", "label", "labels", "number", "messages", "any"]
 
 MAX_CLASSES = 10_000
 _WINDOW = 10_000
@@ -33,8 +43,20 @@ def _is_label(kind: pa.DataType) -> bool:
     return _is_text(kind) or bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_labels(kind: pa.DataType) -> bool:
+    return _is_list(kind) and (_is_label(kind.value_type) or bool(pa.types.is_null(kind.value_type)))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
 def _is_messages(kind: pa.DataType) -> bool:
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+    if not _is_list(kind) or not pa.types.is_struct(kind.value_type):
         return False
     return {"role", "content"} <= {field.name for field in kind.value_type}
 
@@ -42,6 +64,8 @@ def _is_messages(kind: pa.DataType) -> bool:
 _KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "text": (_is_text, "text"),
     "label": (_is_label, "labels (text, whole numbers or classes)"),
+    "labels": (_is_labels, "lists of labels (text, whole numbers or classes)"),
+    "number": (_is_number, "numbers"),
     "messages": (_is_messages, "messages (a list of objects with role and content)"),
     "any": (lambda kind: True, "anything"),
 }
@@ -111,15 +135,23 @@ def _problem(name: str, kind: Kind, kinds: Mapping[str, pa.DataType], wanted: Ma
     return ""
 
 
+def holds_lists(rows: Dataset, column: str) -> bool:
+    """Tell whether a column that is there holds lists."""
+    kinds = {field.name: field.type for field in rows.features.arrow_schema}
+    return column in kinds and _is_list(kinds[column])
+
+
 def class_names(rows: Dataset, column: str) -> tuple[str, ...]:
-    """Return the names of the classes: those the data set declares, else the distinct values, numbers in their order.
+    """Return the names of the classes: those the data set declares, else the distinct values, numbers in their order;
+    of a column of lists, what is in them.
 
     DataError when a label is null, when there are no labels, or more than 10,000 of them.
     """
     values = _labels(rows, column)
     if declared := _declared(rows, column):
         return tuple(declared)
-    distinct = sorted(pc.unique(values).to_pylist())
+    flat = pc.list_flatten(values) if _is_list(values.type) else values
+    distinct = sorted(pc.unique(flat.drop_null()).to_pylist())
     if not 0 < len(distinct) <= MAX_CLASSES:
         raise DataError(
             f"column '{column}' holds {len(distinct):,} different labels in {len(rows):,} rows; "
@@ -134,24 +166,41 @@ def class_ids(rows: Dataset, column: str, names: Sequence[str], *, first: int = 
     `first` is the number of the first of these rows, for the message.
     """
     values = _labels(rows, column, first)
+    spelt = _spelt(rows, column, values, names)
+    ids = [spelt[value] for value in values.to_pylist()]
+    _refuse_unknown([row for row, index in enumerate(ids) if index < 0], values, names, column, first)
+    return ids
+
+
+def class_sets(rows: Dataset, column: str, names: Sequence[str], *, first: int = 0) -> list[list[int]]:
+    """Return every row's list of labels as indices in `names`, each once and in order; BadRowsError as `class_ids`."""
+    values = _labels(rows, column, first)
+    spelt = _spelt(rows, column, pc.list_flatten(values), names)
+    sets = [sorted({spelt[value] for value in held}) for held in values.to_pylist()]
+    _refuse_unknown([row for row, ids in enumerate(sets) if ids and ids[0] < 0], values, names, column, first)
+    return sets
+
+
+def _spelt(rows: Dataset, column: str, values: pa.ChunkedArray, names: Sequence[str]) -> dict[object, int]:
+    """Return the index of each value there is, -1 for one that is no class."""
     declared = dict(enumerate(_declared(rows, column)))
     places = {name: index for index, name in enumerate(names)}
-    spelt = {
-        value: places.get(declared.get(value, "") if declared else str(value), -1)
+    return {
+        value: -1 if value is None else places.get(declared.get(value, "") if declared else str(value), -1)
         for value in pc.unique(values).to_pylist()
     }
-    ids = [spelt[value] for value in values.to_pylist()]
-    if wrong := [row for row, index in enumerate(ids) if index < 0]:
-        mend = f"the {len(names)} classes are: {listed(names)}"
-        raise BadRowsError(
-            [
-                BadRow(
-                    "unknown label", mend, excerpt=excerpt(repr(values[row].as_py())), row=first + row, column=column
-                )
-                for row in wrong
-            ]
-        )
-    return ids
+
+
+def _refuse_unknown(
+    wrong: Sequence[int], values: pa.ChunkedArray, names: Sequence[str], column: str, first: int
+) -> None:
+    mend = f"the {len(names)} classes are: {listed(names)}"
+    problems = [
+        BadRow("unknown label", mend, excerpt=excerpt(repr(values[row].as_py())), row=first + row, column=column)
+        for row in wrong
+    ]
+    if problems:
+        raise BadRowsError(problems)
 
 
 def _declared(rows: Dataset, column: str) -> list[str]:
@@ -159,13 +208,15 @@ def _declared(rows: Dataset, column: str) -> list[str]:
     from datasets import ClassLabel
 
     feature = rows.features[column]
+    feature = getattr(feature, "feature", feature)  # of a list, what it holds
     return list(feature.names) if isinstance(feature, ClassLabel) else []
 
 
 def _labels(rows: Dataset, column: str, first: int = 0) -> pa.ChunkedArray:
     """Return the column's values, none of them null."""
     kinds = {field.name: field.type for field in rows.features.arrow_schema}
-    if problem := _problem(column, "label", kinds, {column: "label"}):
+    kind: Kind = "labels" if holds_lists(rows, column) else "label"
+    if problem := _problem(column, kind, kinds, {column: kind}):
         raise DataError(problem)
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
     if values.null_count:

@@ -1,7 +1,7 @@
 """Metrics: predictions to statistics of single examples, and those to a value; nothing distributed inside."""
 
 from trainworks.metrics.base import Metric, Prediction, Statistics
-from trainworks.metrics.classification import Accuracy, BinaryF1, MacroF1
+from trainworks.metrics.classification import Accuracy, BinaryF1, MacroF1, MultiLabelF1
 from trainworks.metrics.generation import CorpusScore, Rouge
 from trainworks.metrics.hugging_face import HuggingFaceMetric
 from trainworks.metrics.ratio import Ratio
@@ -13,6 +13,7 @@ __all__ = [
     "HuggingFaceMetric",
     "MacroF1",
     "Metric",
+    "MultiLabelF1",
     "Prediction",
     "Ratio",
     "Rouge",

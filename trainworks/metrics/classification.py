@@ -1,4 +1,4 @@
-"""Metrics of one class per example: accuracy and F1, as scikit-learn defines them.
+"""Metrics of one class per example, or of several: accuracy and F1, as scikit-learn defines them.
 
 Only their sums are written here: scikit-learn's functions are too slow for a thousand resamples. Tests compare the two.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from trainworks.errors import EvaluationError
 from trainworks.metrics.base import Prediction, Statistics
 
-__all__ = ["Accuracy", "BinaryF1", "MacroF1"]
+__all__ = ["Accuracy", "BinaryF1", "MacroF1", "MultiLabelF1"]
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,35 @@ class MacroF1:
         totals = table.sum(axis=0) + table.sum(axis=1)
         seen = totals > 0
         return float(np.mean(2 * table.diagonal()[seen] / totals[seen])) if seen.any() else float("nan")
+
+
+@dataclass(frozen=True)
+class MultiLabelF1:
+    """Compute the F1 of examples that have any number of classes each.
+
+    `micro_f1` is taken over all pairs of example and class, so that common classes weigh more; `macro_f1` is the mean
+    of the classes' own. A class that is neither predicted nor there is left out of the mean, as in scikit-learn's
+    `f1_score(..., zero_division=nan)`. A prediction and a reference are the numbers of classes.
+    """
+
+    name: Literal["micro_f1", "macro_f1"]
+    num_classes: int
+    higher_is_better: ClassVar[bool] = True
+    max_resamples: ClassVar[int] = 10_000
+
+    def statistics(self, predictions: Sequence[Prediction]) -> Statistics:
+        """Return [examples, classes]: 1 where a class is predicted, 2 where it is there, 3 where it is both."""
+        cells = np.zeros((len(predictions), self.num_classes), dtype=np.uint8)
+        for row, each in zip(cells, predictions, strict=True):
+            row[list(each.prediction)] += 1
+            row[list(each.reference)] += 2
+        return cells
+
+    def value(self, statistics: Statistics) -> float:
+        """Return 2 TP / (predicted + there), over all classes or for each; NaN where there is none of either."""
+        right, neither = ((statistics == code).sum(axis=0) for code in (3, 0))
+        totals = len(statistics) - neither + right  # predicted, and there; the right ones twice
+        if self.name == "micro_f1":
+            return float(2 * right.sum() / totals.sum()) if totals.sum() else float("nan")
+        seen = totals > 0
+        return float(np.mean(2 * right[seen] / totals[seen])) if seen.any() else float("nan")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainworks.data.loading import Batch, Row
     from trainworks.data.templates import Agreement
     from trainworks.heads import Head
-    from trainworks.record import Sample
+    from trainworks.record import DataFacts, Sample
 
 __all__ = ["Baseline", "Processor", "Task"]
 
@@ -101,6 +101,14 @@ class Task(Settings, ABC):
     def head(self) -> dict[str, Any]:
         """Return what the model's configuration must say for this task, such as `num_labels`."""
         return {}
+
+    def shared(self) -> dict[str, Any]:
+        """Return what must be alike for all sources of a mixture."""
+        return self.head()
+
+    def notes(self, data: DataFacts) -> tuple[str, ...]:
+        """Return what a reader of log and card must know of the data it learns from."""
+        return ()
 
     def verify(self, model: PreTrainedModel) -> None:
         """Prove on a few tokens what the task takes for granted of the model; ConfigError when it does not hold."""
