@@ -229,6 +229,32 @@ def _selfcheck(
     raise typer.Exit(guarded(check))
 
 
+@app.command("chat")
+def _chat(
+    model: Annotated[str, typer.Argument(help="A run's folder, a model's or an adapter's, or a Hub name.")],
+    once: Annotated[str | None, typer.Option(help="Answer this question alone.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 takes the likeliest token; without it, as the model's own file says.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Where sampling begins.")] = 0,
+) -> None:
+    """Talk to a model: in a terminal, or with a question on each line of a pipe."""
+
+    def converse() -> int:
+        from trainworks.chat import open_chat, talk
+
+        quieten_libraries()
+        try:
+            talk(open_chat(model, seed=seed, system=system, max_tokens=max_tokens, temperature=temperature), once)
+        except BrokenPipeError:  # whoever read the answers has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+    raise typer.Exit(guarded(converse))
+
+
 @app.command("card")
 def _card(run: Annotated[Path, typer.Argument(help="A run's output folder.")]) -> None:
     """Build a run's model card again, from its record alone."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainworks.schema import RunConfig
     from trainworks.tasks import Processor, Task
 
-__all__ = ["Piece", "Preview", "Shown", "SplitTable"]
+__all__ = ["Piece", "Preview", "Shown", "SplitTable", "visible"]
 
 _BATCH = 1000
 _TOKENS = 400
@@ -223,7 +223,7 @@ def _decoded(ids: Any, learned: Any, processor: Processor) -> Iterator[Piece]:
 # How it is shown
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Return a text whose control signs, which could steer a terminal, are written out."""
     return "".join(
         sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode() for sign in text
@@ -235,14 +235,14 @@ def _painted(shown: Shown) -> str:
     for number, piece in enumerate(shown.pieces):
         style = (_LEARNED if piece.learned else _GIVEN)[number % 2]
         # A colour that runs over a line's end would paint the rest of it.
-        parts = _visible(piece.text).replace("\n", "↵\n").split("\n")
+        parts = visible(piece.text).replace("\n", "↵\n").split("\n")
         lines.append("\n".join(f"{style}{part}{_RESET}" if part else "" for part in parts))
     return "".join(lines)
 
 
 def _marked(shown: Shown) -> str:
     stretches = groupby(shown.pieces, key=lambda piece: piece.learned)
-    texts = ((learned, _visible("".join(piece.text for piece in pieces))) for learned, pieces in stretches)
+    texts = ((learned, visible("".join(piece.text for piece in pieces))) for learned, pieces in stretches)
     return "".join(f"[[{text}]]" if learned else text for learned, text in texts)
 
 
@@ -254,7 +254,7 @@ def _html(shown: Shown) -> str:
     }
     spans = "".join(
         f'<span title="{" ".join(map(str, piece.ids))}" style="background:{tint[piece.learned][number % 2]}">'
-        f"{escape(_visible(piece.text)).replace(chr(10), '↵' + chr(10))}</span>"
+        f"{escape(visible(piece.text)).replace(chr(10), '↵' + chr(10))}</span>"
         for number, piece in enumerate(shown.pieces)
     )
     return f'<pre style="white-space: pre-wrap; line-height: 1.5">{spans}</pre>'

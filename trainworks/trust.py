@@ -12,7 +12,7 @@ from typing import Any
 
 from trainworks.errors import ConfigError
 
-__all__ = ["check_links", "check_model", "check_processor", "inside"]
+__all__ = ["adapter_base", "check_links", "check_model", "check_processor", "inside"]
 
 Check = Callable[[str, Mapping[str, Any]], None]
 
@@ -45,6 +45,25 @@ def check_model(name: str, revision: str) -> None:
     OSError and the Hub client's errors where a file cannot be had.
     """
     _check(name, revision, _OF_A_MODEL)
+
+
+def adapter_base(folder: Path) -> str:
+    """Return the name of the model that an adapter's folder belongs to; ConfigError where PEFT would run or import what
+    the folder names, or read a pickle."""
+    check_links(folder)
+    where = f"model: {folder / 'adapter_config.json'}"
+    settings = _read(folder / "adapter_config.json", where)
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(f"{where}: peft_type: {settings.get('peft_type')!r}; only LORA is read")
+    for key in ("auto_mapping", "megatron_config"):
+        if settings.get(key):
+            raise ConfigError(f"{where}: {key} names modules to import, {_NEVER_RUN}; leave the key out")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"model: {folder} holds no adapter_model.safetensors, and no other weights are read")
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{where}: base_model_name_or_path: names no model that the adapter belongs to")
+    return base
 
 
 def check_processor(kind: str, name: str, revision: str) -> None:

@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("accelerate", "datasets", "evaluate", "matplotlib", "numpy", "peft", "pyarrow", "torch", "transformers")
 COMMANDS = (
     "card",
+    "chat",
     "configs",
     "outcome",
     "prepare",
