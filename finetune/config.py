@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trainworks.schema import Pretrained, RunConfig
-from trainworks.tasks import SFT, CausalLM, MaskedLM, Seq2Seq, SequenceClassification, Task
+from trainworks.tasks import SFT, CausalLM, MaskedLM, Seq2Seq, SequenceClassification, SequenceRegression, Task
 
 __all__ = ["Config"]
 
@@ -15,7 +15,9 @@ __all__ = ["Config"]
 class Config(RunConfig[Task]):
     """A fine-tuning run: a pretrained model, taught a task."""
 
-    task: Annotated[SFT | SequenceClassification | Seq2Seq | CausalLM | MaskedLM, Field(discriminator="type")]
+    task: Annotated[
+        SFT | SequenceClassification | SequenceRegression | Seq2Seq | CausalLM | MaskedLM, Field(discriminator="type")
+    ]
     """What is learned: `{type: sft, ...}`, `{type: sequence-classification, ...}`, and so on."""
     model: Pretrained
     """The model it begins from."""

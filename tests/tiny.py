@@ -34,6 +34,7 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
         "seq2seq": lambda: {"source": sentence(rng, 16), "target": sentence(rng, 6)},
         "sft": lambda: {"prompt": sentence(rng, 6), "completion": sentence(rng, 16)},
         "sequence-classification": lambda: {"text": sentence(rng, 16), "label": rng.choice(["bad", "good", "so-so"])},
+        "sequence-regression": lambda: {"text": sentence(rng, 16), "score": rng.uniform(-1, 1)},
     }[task]
     return [make() for _ in range(number)]
 
@@ -44,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "seq2seq": {"purpose": "summarization", "prefix": "say: ", "max_source": 64, "max_target": 32},
     "sft": {"max_length": 128},
     "sequence-classification": {"max_length": 64},
+    "sequence-regression": {"max_length": 64},
 }
 """Each task's options on these rows; a new task is tested once it has a line here."""
 
@@ -75,7 +77,11 @@ def save_model(folder: Path, task: str, *, dropout: float = 0.0, tied: bool = Fa
     return folder
 
 
-ENCODERS = {"sequence-classification": "AutoModel", "masked-lm": "AutoModelForMaskedLM"}
+ENCODERS = {
+    "sequence-classification": "AutoModel",
+    "sequence-regression": "AutoModel",
+    "masked-lm": "AutoModelForMaskedLM",
+}
 """Tasks that are tried on an encoder, and what the tiny one is saved as."""
 
 

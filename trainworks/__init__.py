@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         Pretrained,
         Speed,
     )
-    from trainworks.tasks import SFT, CausalLM, MaskedLM, Seq2Seq, SequenceClassification
+    from trainworks.tasks import SFT, CausalLM, MaskedLM, Seq2Seq, SequenceClassification, SequenceRegression
     from trainworks.training import fit
 
 __version__ = "0.1.0"
@@ -67,6 +67,7 @@ __all__ = [
     "RunRecord",
     "Seq2Seq",
     "SequenceClassification",
+    "SequenceRegression",
     "Speed",
     "ToolkitError",
     "TrainStep",
@@ -99,7 +100,9 @@ __getattr__ = exports(
     __name__,
     **dict.fromkeys(_SCHEMA, "trainworks.schema"),
     **dict.fromkeys(("Data", "Limit", "Mixture", "Part"), "trainworks.reading"),
-    **dict.fromkeys(("SFT", "CausalLM", "MaskedLM", "Seq2Seq", "SequenceClassification"), "trainworks.tasks"),
+    **dict.fromkeys(
+        ("SFT", "CausalLM", "MaskedLM", "Seq2Seq", "SequenceClassification", "SequenceRegression"), "trainworks.tasks"
+    ),
     **dict.fromkeys(("EvalReport", "RunRecord", "read_record"), "trainworks.record"),
     **dict.fromkeys(("TrainStep", "train_steps"), "trainworks.loop"),
     Preview="trainworks.preview",

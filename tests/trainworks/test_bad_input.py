@@ -55,6 +55,12 @@ FIXTURES = {
     "too long a target": Fixture(
         "seq2seq", {"source": "a", "target": "a dog " * 40}, (PLACE, "column 'target': too long"), WRITTEN
     ),
+    "no number": Fixture(
+        "sequence-regression",
+        {"text": "a", "score": None},
+        (PLACE, "column 'score': no number"),
+        {"text": "a cat", "score": 0.5},
+    ),
     "blank source": Fixture("seq2seq", {"source": " ", "target": "a"}, (PLACE, "column 'source': blank text"), WRITTEN),
     "null messages": Fixture("sft", {"messages": None}, (PLACE, "column 'messages': null messages"), TALK),
     "unknown role": Fixture(

@@ -205,6 +205,7 @@ def options_of(task: str, rng: random.Random) -> dict[str, Any]:
             "too_long": ["error", "truncate", "split", "drop"],
             "nothing_to_learn": ["error", "drop"],
         },
+        "sequence-regression": {"too_long": ["truncate", "error"]},
         "sequence-classification": {"labels": [(), ("bad", "good", "so-so")], "too_long": ["truncate", "error"]},
     }
     return tiny.OPTIONS[task] | {name: rng.choice(values) for name, values in choices[task].items()}
@@ -242,7 +243,9 @@ def test_mutated_rows_give_samples_or_a_toolkit_error(
 ) -> None:
     def one(number: int) -> str:
         rng = random.Random(f"rows {number}")
-        name = rng.choice(["sft", "sft", "sft", "causal-lm", "masked-lm", "seq2seq", "sequence-classification"])
+        name = rng.choice(
+            ["sft", "sft", "sft", "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "sequence-regression"]
+        )
         folder = tmp_path / str(number)
         folder.mkdir()
         monkeypatch.setenv("TRAINWORKS_CACHE", str(folder / "cache"))

@@ -20,6 +20,7 @@ WITHOUT_MODEL = {
     "causal-lm": ["unigram"],
     "masked-lm": ["unigram"],
     "sequence-classification": ["majority class"],
+    "sequence-regression": ["mean"],
 }
 
 

@@ -2,6 +2,7 @@
 
 from trainworks.metrics.base import Metric, Prediction, Statistics
 from trainworks.metrics.classification import Accuracy, BinaryF1, MacroF1, MultiLabelF1
+from trainworks.metrics.correlation import Correlation
 from trainworks.metrics.generation import CorpusScore, Rouge
 from trainworks.metrics.hugging_face import HuggingFaceMetric
 from trainworks.metrics.ratio import Ratio
@@ -10,6 +11,7 @@ __all__ = [
     "Accuracy",
     "BinaryF1",
     "CorpusScore",
+    "Correlation",
     "HuggingFaceMetric",
     "MacroF1",
     "Metric",

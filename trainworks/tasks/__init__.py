@@ -7,6 +7,7 @@ from trainworks.tasks.causal_lm import CausalLM
 from trainworks.tasks.masked_lm import MaskedLM
 from trainworks.tasks.seq2seq import Seq2Seq
 from trainworks.tasks.sequence_classification import SequenceClassification
+from trainworks.tasks.sequence_regression import SequenceRegression
 from trainworks.tasks.sft import SFT
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Processor",
     "Seq2Seq",
     "SequenceClassification",
+    "SequenceRegression",
     "Task",
 ]
 
@@ -27,4 +29,5 @@ TASKS: dict[str, type[Task]] = {
     "sft": SFT,
     "seq2seq": Seq2Seq,
     "sequence-classification": SequenceClassification,
+    "sequence-regression": SequenceRegression,
 }

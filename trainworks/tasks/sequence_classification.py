@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, Strict
 
 from trainworks.data.bad_rows import BadRow, BadRowsError, excerpt
 from trainworks.data.cache import Prepared, ragged, table
 from trainworks.data.columns import Kind, class_ids, class_names, class_sets, holds_lists
-from trainworks.data.text import pad
 from trainworks.errors import ConfigError, DataError, nearest
 from trainworks.metrics import Accuracy, MacroF1, Metric, MultiLabelF1, Prediction
 from trainworks.settings import Name, Rate
-from trainworks.tasks.base import Baseline, Processor, Task
+from trainworks.tasks.base import Baseline, Processor
+from trainworks.tasks.text import TextTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,17 +33,12 @@ _UNEVEN = 10
 """How many times the rows of the rarest class those of the commonest may be before it is noted."""
 
 
-class SequenceClassification(Task):
+class SequenceClassification(TextTask):
     """Tell the class of a text, such as its sentiment, or all of several that it has."""
 
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline_tag: ClassVar[str] = "text-classification"
 
     type: Literal["sequence-classification"] = "sequence-classification"
-    text: str = "text"
-    """Column of the text."""
-    pair: str | None = None
-    """Column of a second text, for tasks on pairs."""
     label: str = "label"
     """Column of the class: a name or a number; or a list of them."""
     labels: tuple[str, ...] = ()
@@ -56,15 +50,10 @@ class SequenceClassification(Task):
     mean, as in torch's CrossEntropyLoss. `balanced` is rows / (classes x rows of the class). Where rows have several
     classes, it is what having a class weighs against not having it (`pos_weight`), `balanced` being rows without it /
     rows with it."""
-    max_length: Annotated[int, Strict(), Field(gt=1)] = 512
-    """Longest text in tokens, special ones included."""
-    too_long: Literal["truncate", "error"] = "truncate"
-    """What becomes of a longer one; tokens cut are counted in the record."""
 
     def columns(self) -> dict[str, Kind]:
         """Return the texts and the label."""
-        texts: dict[str, Kind] = {self.text: "text"} if self.pair is None else {self.text: "text", self.pair: "text"}
-        return {**texts, self.label: "labels" if self.multi_label is True else "label"}
+        return {**super().columns(), self.label: "labels" if self.multi_label is True else "label"}
 
     def flaws(self, rows: Dataset) -> Iterator[BadRow]:
         """Yield rows without a label, or with one that is no class."""
@@ -125,16 +114,6 @@ class SequenceClassification(Task):
             f"{excerpt(rarely)}; task.class_weights: balanced would make up for it.",
         )
 
-    def equip(self, processor: Processor) -> Processor:
-        """Pad with the end token where there is no padding token."""
-        if processor.pad_token_id is None:
-            if processor.eos_token is None:
-                raise ConfigError(
-                    f"the tokenizer of {processor.name_or_path} has neither padding nor end token to batch with"
-                )
-            processor.pad_token = processor.eos_token
-        return processor
-
     def head(self) -> dict[str, Any]:
         """Return the classes for the model's configuration."""
         return {
@@ -145,26 +124,11 @@ class SequenceClassification(Task):
         }
 
     def prepare(self, rows: Dataset, processor: Processor, *, first: int = 0) -> Prepared:
-        """Return one sample a row; texts longer than `max_length` are cut and the tokens cut are counted.
-
-        BadRowsError for texts without a token, as an empty one is where the tokenizer puts nothing around it.
-        """
-        texts = (rows[self.text][:],) if self.pair is None else (rows[self.text][:], rows[self.pair][:])
-        whole = dict(processor(*texts, verbose=False))
-        if empty := [row for row, ids in enumerate(whole["input_ids"], start=first) if not ids]:
-            raise BadRowsError([BadRow("no tokens", "give it a text", row=row, column=self.text) for row in empty])
-        cut = [max(0, len(ids) - self.max_length) for ids in whole["input_ids"]]
-        if any(cut) and self.too_long == "error":
-            number = int(np.argmax(np.array(cut) > 0))
-            raise DataError(
-                f"row {first + number}: {self.max_length + cut[number]} tokens, task.max_length is {self.max_length}; "
-                "raise it, or say task.too_long: truncate"
-            )
-        encoded = dict(processor(*texts, truncation=True, max_length=self.max_length)) if any(cut) else whole
-        columns: dict[str, Any] = {name: ragged(ids, np.int32) for name, ids in encoded.items()}
+        """Return one sample a row, with its classes; texts longer than `max_length` are cut and the tokens cut are
+        counted. BadRowsError for texts without a token."""
+        columns, dropped = self._encoded(rows, processor, first)
         columns["labels"] = ragged([np.array(row) for row in self._classes(rows, first)], np.int32)
-        columns["length"] = [len(ids) for ids in encoded["input_ids"]]
-        return Prepared(table(columns), {"tokens cut": sum(cut)})
+        return Prepared(table(columns), dropped)
 
     def facts(self, samples: Dataset) -> dict[str, Any]:
         """Return the tokens, one counted label a row, and the rows of each class."""
@@ -173,23 +137,14 @@ class SequenceClassification(Task):
         return super().facts(samples) | {"counted": len(samples), "labels": labels}
 
     def collate(self, rows: Sequence[Row], processor: Processor, *, train: bool) -> Batch:
-        """Return the model's inputs, [rows, longest], and `labels`, [rows, classes]: 1 where a row has the class."""
+        """Return the model's inputs, [rows, longest], `labels`, [rows, classes]: 1 where a row has the class, and
+        `class_weights`, [classes]."""
         import torch
 
-        fills = {
-            "input_ids": processor.pad_token_id,
-            "attention_mask": 0,
-            "token_type_ids": processor.pad_token_type_id,
-        }
-        batch = {
-            name: torch.from_numpy(pad([row[name] for row in rows], fill))
-            for name, fill in fills.items()
-            if name in rows[0]
-        }
         labels = torch.zeros(len(rows), len(self.labels))
         for line, row in zip(labels, rows, strict=True):
             line[row["labels"].tolist()] = 1.0
-        return batch | {"labels": labels, "class_weights": torch.tensor(self._weights())}
+        return self._padded(rows, processor) | {"labels": labels, "class_weights": torch.tensor(self._weights())}
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return what each row's class weighs; where rows have several, the number of classes."""
