@@ -143,6 +143,8 @@ class Seq2Seq(Task):
 
     def _encoded(self, rows: Dataset, processor: Processor, *, cut: bool) -> dict[str, list[list[int]]]:
         """Return the ids of sources and targets by the name of their limit; targets end with the end token."""
+        if not len(rows):  # where all were refused; transformers 5.23 cannot encode none
+            return {"max_source": [], "max_target": []}
         sources = [self.prefix + text for text in rows[self.source][:]]
         limits = [
             {"truncation": True, "max_length": most} if cut else {} for most in (self.max_source, self.max_target)

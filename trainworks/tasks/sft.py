@@ -15,6 +15,7 @@ from trainworks.data.bad_rows import BadRow, BadRowsError
 from trainworks.data.cache import Prepared, ragged, table
 from trainworks.data.columns import Kind
 from trainworks.data.conversations import FORMATS, dialogues, flaws, recognised
+from trainworks.data.retrieval import COLUMNS, Retrieval, asked, document_flaws
 from trainworks.data.sequences import encoded, fitted, learns
 from trainworks.data.templates import Agreement, Conversation, agreement, answer_ends
 from trainworks.data.text import IGNORED
@@ -51,6 +52,8 @@ class SFT(LanguageTask):
     """Shape of the rows: OpenAI `messages`, ShareGPT `conversations`, prompt and completion (texts, or lists of
     messages), Alpaca's instruction, input and output, `input_ids` with `labels`, or `text` without a template. `auto`
     tells it by the columns there are."""
+    retrieval: Retrieval | None = None
+    """Rows of a question, documents and an answer, the documents put before the question (RAFT)."""
     learn: Literal["all", "last", "weighted"] = "all"
     """Which of the assistant's turns are learned: all, the last, or those whose `weight` is not 0."""
     turns: Literal["together", "apart"] = "together"
@@ -71,22 +74,27 @@ class SFT(LanguageTask):
 
     def columns(self) -> dict[str, Kind]:
         """Return the columns of the resolved format."""
-        return FORMATS[self.format].columns
+        return FORMATS[self.format].columns if self.retrieval is None else COLUMNS
 
     def resolve(self, rows: Dataset) -> Self:
         """Return the task with its format told by the columns; DataError when they tell none."""
+        if self.retrieval is not None:
+            return self.model_copy(update={"format": "prompt-completion"})
         return self if self.format != "auto" else self.model_copy(update={"format": recognised(rows)})
 
     def flaws(self, rows: Dataset) -> Iterator[BadRow]:
         """Yield conversations with wrong roles, contents or weights."""
-        return flaws(rows, self.format, learn=self.learn)
+        return flaws(rows, self.format, learn=self.learn) if self.retrieval is None else document_flaws(rows)
+
+    def _read(self, rows: Dataset) -> Dataset:
+        return rows if self.retrieval is None else asked(rows, self.retrieval)
 
     def stated(self) -> str:
         """Return how rows are read, for the log."""
-        told = ", ".join(FORMATS[self.format].columns)
+        told, shape = ", ".join(self.columns()), self.format if self.retrieval is None else "retrieval"
         how = {"all": "all of the assistant's turns", "last": "its last turn", "weighted": "turns with weight 1"}
         what = how[self.learn] if self._through_template() else "every token that is not masked"
-        return f"format {self.format} (columns {told}), learning {what}"
+        return f"format {shape} (columns {told}), learning {what}"
 
     def _through_template(self) -> bool:
         return FORMATS[self.format].read is not None
@@ -122,7 +130,7 @@ class SFT(LanguageTask):
         """Compare the first rows with what the template gives at inference; None for rows without a template."""
         if not self._through_template():
             return None
-        some = rows.select(range(min(_COMPARED, len(rows))))
+        some = self._read(rows.select(range(min(_COMPARED, len(rows)))))
         groups = dialogues(some, self.format, learn=self.learn, turns=self.turns)
         return agreement([dialogue for group in groups for dialogue in group], processor)
 
@@ -133,7 +141,9 @@ class SFT(LanguageTask):
         kept: list[Conversation] = []
         barren: list[int] = []
         long: dict[int, int] = {}
-        for source in encoded(rows, self.format, processor, learn=self.learn, turns=self.turns, first=first):
+        for source in encoded(
+            self._read(rows), self.format, processor, learn=self.learn, turns=self.turns, first=first
+        ):
             size = len(source.conversation.input_ids)
             if size > self.max_length and self.too_long == "error":
                 long[source.row] = size
@@ -164,7 +174,7 @@ class SFT(LanguageTask):
         return BadRow("nothing to learn", mend, detail, row=row, column=self._column())
 
     def _column(self) -> str:
-        return next(iter(FORMATS[self.format].columns))
+        return next(iter(self.columns()))
 
     def facts(self, samples: Dataset) -> dict[str, Any]:
         """Return the tokens, and how many of them are learned."""

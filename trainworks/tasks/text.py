@@ -56,7 +56,8 @@ class TextTask(Task, ABC):
         """Return the columns of the texts' tokens, and how many were cut; BadRowsError for texts without a token, as an
         empty one is where the tokenizer puts nothing around it."""
         texts = (rows[self.text][:],) if self.pair is None else (rows[self.text][:], rows[self.pair][:])
-        whole = dict(processor(*texts, verbose=False))
+        # Where all rows were refused there are none, which transformers 5.23 cannot encode.
+        whole = dict(processor(*texts, verbose=False)) if len(rows) else {"input_ids": []}
         if empty := [row for row, ids in enumerate(whole["input_ids"], start=first) if not ids]:
             raise BadRowsError([BadRow("no tokens", "give it a text", row=row, column=self.text) for row in empty])
         cut = [max(0, len(ids) - self.max_length) for ids in whole["input_ids"]]
