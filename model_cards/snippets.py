@@ -47,10 +47,30 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({model})
 model = AutoPeftModelForSequenceClassification.from_pretrained({model}, num_labels={num_labels})
-scores = model(**tokenizer({example}, return_tensors="pt")).logits.softmax(-1)
+scores = model(**tokenizer({example}, return_tensors="pt")).logits.{chances}
 print(dict(zip({labels}, scores[0].tolist())))"""
 
-_ADAPTERS = {"text-generation": _ADAPTER_GENERATION, "text-classification": _ADAPTER_CLASSIFICATION}
+# transformers 5 has no pipeline for text to text.
+_TEXT_TO_TEXT = """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({model})
+model = AutoModelForSeq2SeqLM.from_pretrained({model})
+given = tokenizer({example}, return_tensors="pt")
+said = model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=200)
+print(tokenizer.decode(said[0], skip_special_tokens=True))"""
+
+_ADAPTER_TEXT_TO_TEXT = _TEXT_TO_TEXT.replace(
+    "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
+    "from peft import AutoPeftModelForSeq2SeqLM\nfrom transformers import AutoTokenizer",
+).replace("= AutoModelFor", "= AutoPeftModelFor")
+
+_WHOLE = dict.fromkeys(("summarization", "translation"), _TEXT_TO_TEXT)
+_ADAPTERS = {
+    "text-generation": _ADAPTER_GENERATION,
+    "text-classification": _ADAPTER_CLASSIFICATION,
+    **dict.fromkeys(_WHOLE, _ADAPTER_TEXT_TO_TEXT),
+}
 _EXAMPLES = {"text-generation": "Once upon a time", "text-classification": "A fine film."}
 _QUESTION = "What can you tell me about yourself?"
 _LONGEST_EXAMPLE = 200
@@ -59,17 +79,19 @@ _LONGEST_EXAMPLE = 200
 def usage(record: RunRecord) -> str:
     """Return the section; adapters of tasks without a snippet of their own have none."""
     chat, adapter = record.task == "sft", is_adapter(record)
-    plain = _ADAPTERS.get(record.pipeline_tag) if adapter else _PIPELINE
+    tag = record.pipeline_tag
+    plain = _ADAPTERS.get(tag) if adapter else _WHOLE.get(tag, _PIPELINE)
     template = (_ADAPTER_CHAT if adapter else _CHAT) if chat else plain
     labels = _labels(record)
     if template is None or (template is _ADAPTER_CLASSIFICATION and not labels):
         return ""
     code = template.format(
-        tag=_literal(record.pipeline_tag),
+        tag=_literal(tag),
         model=_literal(repo(record) or "."),
         example=_literal(_example(record)),
         num_labels=len(labels),
         labels=_literal(labels),
+        chances="sigmoid()" if _has_several(record) else "softmax(-1)",
     )
     where = (
         ""
@@ -77,6 +99,11 @@ def usage(record: RunRecord) -> str:
         else "Run where this page's files lie; once published, the model's Hub name replaces the dot.\n\n"
     )
     return f"## Use\n\n{where}```python\n{code}\n```"
+
+
+def _has_several(record: RunRecord) -> bool:
+    """Tell whether a row has several classes, each with a probability of its own."""
+    return record.final is not None and "subset_accuracy" in record.final.metrics
 
 
 def _labels(record: RunRecord) -> list[str]:

@@ -403,3 +403,15 @@ def test_a_hub_name_needs_a_commit_to_be_believed(finetuned: RunRecord) -> None:
     metadata = model_cards.build(changed(finetuned, data=data, model=model)).metadata
     assert "datasets" not in metadata
     assert "base_model" not in metadata
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
+def test_text_to_text_is_used_without_a_pipeline_which_transformers_no_longer_has(
+    adapter: bool, finetuned: RunRecord
+) -> None:
+    model = finetuned.model.model_copy(update={"tuning": "lora" if adapter else "full"})
+    record = finetuned.model_copy(update={"pipeline_tag": "summarization", "task": "seq2seq", "model": model})
+    body = str(model_cards.build(record))
+    assert "pipeline(" not in body
+    assert ("AutoPeftModelForSeq2SeqLM.from_pretrained" in body) == adapter
+    assert ("= AutoModelForSeq2SeqLM.from_pretrained" in body) != adapter
