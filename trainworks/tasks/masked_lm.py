@@ -215,7 +215,7 @@ class MaskedLM(Task):
 
         return states_at(model, batch["places"], **self.inputs(batch))
 
-    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:
         """Return each row's summed cross-entropy from the states that the head is given, [masked, width]."""
         losses = head.losses(hidden, batch["labels"], ignored=IGNORED)
         return {"loss": losses.new_zeros(len(batch["learned"])).index_add(0, batch["row"], losses)}

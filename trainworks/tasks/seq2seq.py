@@ -201,7 +201,7 @@ class Seq2Seq(Task):
         states = states_at(model, batch["places"], **self.inputs(batch), decoder_input_ids=decoder, use_cache=False)
         return self.loss_from(states, Head(model), batch)
 
-    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:
         """Return each row's summed cross-entropy from the states that the head is given, [targets' tokens, width]."""
         losses = head.losses(hidden, batch["wanted"], ignored=IGNORED)
         return {"loss": losses.new_zeros(len(batch["learned"])).index_add(0, batch["row"], losses)}
