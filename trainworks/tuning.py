@@ -52,12 +52,12 @@ def check(tuning: Full | LoRA) -> None:
         raise ConfigError(problems)
 
 
-def rehearse(tuning: Full | LoRA, outline: PreTrainedModel, *, auto_class: str) -> None:
-    """Tune a model that has no weights yet; ConfigError for what would fail, or pass unheeded, on the real one."""
+def rehearse(tuning: Full | LoRA, outline: PreTrainedModel, *, auto_class: str) -> Tuned:
+    """Tune a model that has no weights; ConfigError for what would fail, or pass unheeded, on the real one."""
     if isinstance(tuning, LoRA):
         # How the adapter's weights begin may be computed from the model's, which are not there.
         tuning = tuning.model_copy(update={"options": tuning.options | {"init_lora_weights": False}})
-    tune(tuning, outline, auto_class=auto_class)
+    return tune(tuning, outline, auto_class=auto_class)
 
 
 def _full(tuning: Full, model: PreTrainedModel, auto_class: str) -> Tuned:

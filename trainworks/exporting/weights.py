@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trainworks.models import load
+from trainworks.models import load, outline
 from trainworks.parallel.placement import collect
 from trainworks.run import Run
 from trainworks.schema import LoRA, Pretrained
+from trainworks.tuning import rehearse
 
 __all__ = ["export"]
 
@@ -58,7 +59,7 @@ def _stopping(model: Any, ends: tuple[int, ...]) -> Any:
 
 
 def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
-    adapter = run.tuned.adapter
+    adapter = run.tuned.adapter if run.world.layout.pipeline == 1 else _over_all_layers(run)
     model = _stopping(run.model, run.ends)
     if adapter is None:
         model.save_pretrained(folder, state_dict=weights)
@@ -70,6 +71,17 @@ def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
     run.processor.save_pretrained(folder)
+
+
+def _over_all_layers(run: Run) -> Any:
+    """Return the run's adapter over a model without weights: PEFT (0.21) writes what belongs to layers that it finds,
+    and a rank of a pipeline has some of them."""
+    if run.tuned.adapter is None:
+        return None
+    model = outline(run.config.model, run.task.auto_class, run.task.head(), run.processor)
+    adapter: Any = rehearse(run.config.tuning, model, auto_class=run.task.auto_class).adapter
+    adapter.peft_config = run.tuned.adapter.peft_config
+    return adapter
 
 
 def _write_merged(run: Run, adapter: Path, folder: Path) -> None:
