@@ -135,5 +135,5 @@ def test_what_a_pipeline_cannot_do_is_refused_before_anything_is_read(tmp_path: 
     settings = tiny.config(
         "sequence-classification", tmp_path, tmp_path / "rows.jsonl", tmp_path / "run", layout=layout
     )
-    with pytest.raises(ConfigError, match="models of task sequence-classification cannot be cut"):
+    with pytest.raises(ConfigError, match="task sequence-classification: its models do not end in a vocabulary head"):
         finetune.prepare(settings)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trainworks.run import Step
     from trainworks.tasks import Task
 
-__all__ = ["Pipeline", "Stage", "pipelined", "total_norm"]
+__all__ = ["Pipeline", "Stage", "pipelined"]
 
 
 @dataclass
@@ -285,14 +285,6 @@ class Pipeline(nn.Module):
 
 def _loss(shares: Tensor, place: Tensor) -> Tensor:
     return shares.sum()
-
-
-def total_norm(norm: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the norm of all gradients of a pipeline, of the norms of each rank's; what is `repeated` must not be
-    among these. All ranks."""
-    square = norm.float().square()
-    distributed.all_reduce(square, group=group)
-    return square.sqrt()
 
 
 def pipelined(step: Step, world: World) -> Pipeline:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from trainworks.optim import build_optimizer, take_step
 from trainworks.parallel.norm import gradient_norm
-from trainworks.parallel.pipeline import Pipeline, total_norm
+from trainworks.parallel.pipeline import Pipeline
 from trainworks.parallel.stages import SCHEDULES, check_can_cut, cut, plan_stages
 from trainworks.schema import LoRA, Optim
 from trainworks.tasks import CausalLM
@@ -140,7 +140,9 @@ def _train(case: Case, folder: Path) -> dict[str, Any]:
         assert [len(sums["loss"]) for sums in done] == [len(each["weight"]) for each in own]
         loss = torch.stack([sums["loss"].sum() for sums in done]).sum()
         torch.distributed.all_reduce(loss, group=shard.get_group())
-        norm = total_norm(gradient_norm(counted), group)
+        square = gradient_norm(counted).square()  # of what this rank alone holds
+        torch.distributed.all_reduce(square)
+        norm = square.sqrt()
         curve.append(((loss / count).item(), norm.item()))
         take_step(optimizer, OPTIM, lr=OPTIM.lr, norm=norm, spoiled=torch.zeros(()))
     evaluated = [sums["loss"].sum().item() for sums in pipeline.losses(steps(case)[0])]
