@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune.config import Config
-from trainworks.models import load, load_processor
+from trainworks.models import load, processor_of
 from trainworks.preparation import assemble, begin, check_model
 from trainworks.resuming import resume
 from trainworks.run import Run
@@ -21,7 +21,7 @@ def prepare(config: Config) -> Run:
     world = begin(config)
     sources = read_rows(config)
     task = sources[0].task
-    processor = equipped(sources, load_processor(task.reads, config.model.name, config.model.revision))
+    processor = equipped(sources, processor_of(config.model, task.reads))
     check_model(config, task, processor, world)
     data = prepare_data(config, sources, processor, world)
     model = load(config.model, task.auto_class, task.head(), processor, seed=config.seed)

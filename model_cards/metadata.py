@@ -53,7 +53,7 @@ def last_part(path: str) -> str:
 
 def is_adapter(record: RunRecord) -> bool:
     """Say whether what is published changes a base model rather than replaces it."""
-    return record.model.tuning != "full"
+    return record.model.tuning not in ("full", "freeze")
 
 
 def repo(record: RunRecord) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pretrain.config import Config
+from trainworks import models
 from trainworks.data.cache import digest
 from trainworks.errors import ConfigError
 from trainworks.models import initialise, load, load_processor
@@ -40,7 +41,7 @@ def processor_of(config: RunConfig[Any], sources: Sequence[Source]) -> Processor
     """Load what turns rows to tensors, or train the tokenizer that the configuration asks for; kept by content."""
     model, task = config.model, config.task
     if isinstance(model, Pretrained):
-        return load_processor(task.reads, model.name, model.revision)
+        return models.processor_of(model, task.reads)
     if isinstance(model.tokenizer, NewTokenizer):
         texts = (text for source in sources for text in source.rows.train[task.text])
         return trained_tokenizer(model.tokenizer, texts, key=digest(*(source.rows.fingerprint for source in sources)))

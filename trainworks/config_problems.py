@@ -83,7 +83,8 @@ def _unknown_key(document: Document, sections: Sequence[_Section], place: _Place
     own = list(place.section.model_fields) if place.section else []
     given = document.section(above) or {}
     beside = [name for section in sections if section.keys == above and not section.type for name in section.fields]
-    candidates = ([name for name in own if name not in given], own, [name for name in beside if name != key])
+    others = [name for name in beside if name != key]
+    candidates = ([name for name in own if name not in given] + others, own)
     meant = next((found for names in candidates if (found := _closest(key, names))), None)
     homes = [section for section in sections if key in section.fields and key not in beside]
     if place.keys not in document.moved:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainworks.data.cache import digest
 from trainworks.errors import AccessError, ConfigError, Problem, nearest
 from trainworks.heads import backbone
-from trainworks.schema import FromScratch, Pretrained
+from trainworks.schema import FromScratch, Pretrained, Quantise
 from trainworks.trust import check_links, check_model, check_processor, inside
 
 if TYPE_CHECKING:
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check",
+    "dequantised",
     "fingerprint",
     "initialise",
     "load",
     "load_processor",
+    "new_ids",
     "outline",
+    "processor_of",
     "revision_of",
     "vocabulary",
 ]
@@ -123,6 +126,14 @@ def _ask_hub(name: str, revision: str) -> list[str] | None:
     return [file.rfilename for file in info.siblings or ()]
 
 
+def processor_of(settings: Pretrained, kind: str) -> Any:
+    """Load a pretrained model's `tokenizer` or `image_processor`, with the tokens that are new to it."""
+    processor = load_processor(kind, settings.name, settings.revision)
+    if settings.new_tokens:
+        _add_tokens(processor, kind, settings.new_tokens)
+    return processor
+
+
 def load_processor(kind: str, name: str, revision: str = "main") -> Any:
     """Load a `tokenizer` or an `image_processor` by Hub name or folder."""
     import transformers
@@ -136,6 +147,27 @@ def load_processor(kind: str, name: str, revision: str = "main") -> Any:
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False)
 
     return _reaching(name, f"the {kind.replace('_', ' ')}", read)
+
+
+def _add_tokens(processor: Any, kind: str, new_tokens: Sequence[str]) -> None:
+    if kind != "tokenizer":
+        raise ConfigError("model.new_tokens: this task reads no text; leave it out")
+    if there := [token for token in new_tokens if token in processor.get_vocab()]:
+        raise ConfigError(f"model.new_tokens: the tokenizer has {there[0]!r} already; leave it out")
+    from tokenizers import AddedToken
+
+    processor.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
+
+
+def new_ids(settings: Pretrained | FromScratch, processor: Any) -> list[int]:
+    """Return the ids of the tokens that the settings add to a tokenizer."""
+    tokens = _new_tokens(settings)
+    ids: list[int] = processor.convert_tokens_to_ids(list(tokens)) if tokens else []
+    return ids
+
+
+def _new_tokens(settings: Pretrained | FromScratch) -> tuple[str, ...]:
+    return settings.new_tokens if isinstance(settings, Pretrained) else ()
 
 
 def outline(
@@ -152,6 +184,8 @@ def outline(
     auto: Any = getattr(transformers, auto_class)
     with _refusing("model"), torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: PreTrainedModel = auto.from_config(config)
+        if _new_tokens(settings) and len(processor) > vocabulary(model):
+            model.resize_token_embeddings(len(processor), mean_resizing=False)
     embeddings: Any = model.get_input_embeddings().num_embeddings
     if len(processor) > embeddings:
         raise ConfigError(
@@ -249,14 +283,64 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            **head,
+            **_rounding(settings.quantise) | head,
         )
 
     torch.manual_seed(seed)
     model: PreTrainedModel = _reaching(settings.name, "the weights", read)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
+    if settings.quantise is not None:
+        _train_as_it_infers(model)
+    if settings.new_tokens:
+        _embed(model, new_ids(settings, processor), len(processor))
     return model
+
+
+def _rounding(quantise: Quantise | None) -> dict[str, Any]:
+    """Return what transformers is told to round weights by, which it does as it reads them."""
+    if quantise is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": quantise.double}
+    return {
+        "quantization_config": BitsAndBytesConfig(**(four if quantise.bits == 4 else {"load_in_8bit": True})),
+        "device_map": {"": "cpu"},  # the run moves it to its device, as it does every model
+    }
+
+
+def _train_as_it_infers(model: PreTrainedModel) -> None:
+    """Let 4-bit layers compute in whatever type comes in, in evaluations as in training.
+
+    bitsandbytes 0.50.2 lays the weights out anew at the first evaluation on a processor with AVX512-BF16. Training then
+    goes on in bfloat16 and with wrong gradients; delete once it does not.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+            layer.compute_type_is_set, layer.compute_dtype = True, None
+
+
+def _embed(model: PreTrainedModel, ids: Sequence[int], size: int) -> None:
+    """Make room for `size` tokens, and begin new ones, in the output head too, as the mean of those before them (Hewitt
+    2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
+    import torch
+
+    if size > vocabulary(model):
+        model.resize_token_embeddings(size, mean_resizing=False)
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for weight in {id(layer.weight): layer.weight for layer in layers if layer is not None}.values():
+            weight[list(ids)] = weight[: min(ids)].double().mean(0).to(weight.dtype)
+
+
+def dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose weights were rounded to a few bits with the values of these in its own type, in place."""
+    whole: PreTrainedModel = model.dequantize(dtype=model.dtype)
+    return whole
 
 
 def vocabulary(model: PreTrainedModel) -> int:

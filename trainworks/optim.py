@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainworks.schema import Optim
 
@@ -39,9 +39,16 @@ def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
 
 
 def build_optimizer(
-    optim: Optim, module: nn.Module, rounded: WorkingWeights | None = None, *, accumulates: bool = True
+    optim: Optim,
+    module: nn.Module,
+    rounded: WorkingWeights | None = None,
+    *,
+    accumulates: bool = True,
+    lr_ratio: Callable[[str], float] = lambda name: 1.0,
 ) -> Optimizer:
     """Build the optimizer over what `module` trains; one-dimensional weights (norms, biases) are not decayed.
+
+    A weight's learning rate is the run's times `lr_ratio` of its name.
 
     Where the module computes with `rounded` weights, these follow it; and where no gradients are added up, over
     micro-batches or ranks, they may stay as they come.
@@ -50,17 +57,14 @@ def build_optimizer(
 
     from trainworks.speed.adamw import OnePassAdamW
 
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups(optim, module, lr_ratio)
     if optim.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], fused=True)
         if optim.betas[0]:
             # torch 2.13 leaves the momentum uninitialised where the very first step is one that must not count.
-            sgd.state.update({each: {"momentum_buffer": torch.zeros_like(each)} for each in trained})
+            sgd.state.update(
+                {each: {"momentum_buffer": torch.zeros_like(each)} for group in groups for each in group["params"]}
+            )
         if rounded is not None:
             rounded.follow(sgd)
         return sgd
@@ -70,6 +74,18 @@ def build_optimizer(
             adamw.allow_rounded_gradients()
         return adamw
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _groups(optim: Optim, module: nn.Module, lr_ratio: Callable[[str], float]) -> list[dict[str, Any]]:
+    """Return what is trained, those together that are decayed alike and learn at the same rate."""
+    parts: dict[tuple[bool, float], list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault((parameter.ndim > 1, lr_ratio(name)), []).append(parameter)
+    return [
+        {"params": part, "weight_decay": optim.weight_decay if decayed else 0.0, "lr_ratio": ratio}
+        for (decayed, ratio), part in sorted(parts.items(), key=lambda item: item[0], reverse=True)
+    ]
 
 
 def num_moments(optim: Optim) -> int:
@@ -86,7 +102,7 @@ def take_step(optimizer: Optimizer, optim: Optim, *, lr: float, norm: Tensor, sp
     """
     limit = float("inf") if optim.max_grad_norm == "off" else optim.max_grad_norm
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]
     optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = spoiled  # type: ignore[attr-defined]
     optimizer.step()

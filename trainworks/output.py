@@ -46,6 +46,10 @@ _FIXED = {
     "tuning.rank": "the checkpoint holds other weights",
     "tuning.targets": "the checkpoint holds other weights",
     "tuning.options": "the checkpoint holds other weights",
+    "tuning.train": "the checkpoint holds other weights",
+    "tuning.freeze": "the checkpoint holds other weights",
+    "tuning.method": "the checkpoint holds other weights",
+    "model.new_tokens": "the checkpoint holds other weights",
     "optim.name": "the checkpoint holds the moments of the other",
 }
 """Keys that may not differ even where that is accepted, and why: what was done so far would mean nothing."""

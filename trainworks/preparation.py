@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from trainworks.data.cache import digest
 from trainworks.data.loading import Samples
 from trainworks.data.order import mix
 from trainworks.environment import command, environment
-from trainworks.errors import ConfigError
+from trainworks.errors import ConfigError, LaunchError
 from trainworks.optim import build_optimizer
 from trainworks.output import check_folder
 from trainworks.parallel import context, tensor
@@ -25,7 +26,7 @@ from trainworks.parallel.stages import SCHEDULES, check_can_cut, plan_stages
 from trainworks.record import ModelFacts, RunRecord
 from trainworks.run import Progress, Run, Step
 from trainworks.samples import PreparedData, plan
-from trainworks.schema import Batch, RunConfig
+from trainworks.schema import Batch, Pretrained, RunConfig
 from trainworks.speed.compiling import can_compile, compile_layers
 from trainworks.speed.working_weights import WorkingWeights
 from trainworks.tasks import Processor, Task
@@ -46,7 +47,7 @@ def begin(config: Config) -> World:
         raise ConfigError(f"batch.pack: task {config.task.type} has no use for packed rows; leave it out")
     if config.layout.pipeline > 1:
         _check_pipeline(config)
-    tuning.check(config.tuning)
+    tuning.check(config.tuning, config.model)
     check_folder(config)
     models.check(config.model)
     check_trackers(config.trackers)
@@ -65,7 +66,8 @@ def check_model(config: Config, task: Task, processor: Processor, world: World) 
     outline = models.outline(config.model, task.auto_class, task.head(), processor)
     if world.layout.context > 1:
         context.check(outline.config, world.layout.context * world.layout.tensor, task)
-    tuning.rehearse(config.tuning, outline, auto_class=task.auto_class)
+    new = models.new_ids(config.model, processor)
+    tuning.rehearse(config.tuning, outline, auto_class=task.auto_class, new_tokens=new)
     if world.layout.tensor > 1:
         tensor.check(outline, world.layout)
     if config.layout.pipeline > 1:
@@ -100,15 +102,18 @@ def assemble(
     data: PreparedData,
 ) -> Run:
     """Wrap the model for its devices, build optimizer and plan, and open the record. All ranks."""
+    _check_sharding(config, world)
     task.verify(model)
     packing = data.packing(config.batch)
     if packing is not None:
         task.verify_packing(model, processor)
+    vocabulary = models.vocabulary(model)
     if world.context is not None:
         context.verify(model, world.context)
         context.spread(model, world.context)
     origin = models.fingerprint(config.model, model, seed=config.seed)
-    tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class)
+    new = models.new_ids(config.model, processor)
+    tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class, new_tokens=new)
     facts = _model_facts(config, model, origin)
     if _compiles(config, world):
         compile_layers(model)
@@ -116,7 +121,7 @@ def assemble(
     step = world.wrap(Step(model, task, processor, rounded=rounded))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.
     torch.manual_seed(int(mix(config.seed, world.share)) % 2**63)
-    micro = _micro(config.batch, data.samples, world, models.vocabulary(model))
+    micro = _micro(config.batch, data.samples, world, vocabulary)
     order = plan(config, data)
     accumulates = world.averaged > 1 or order.per_step > micro
     record = RunRecord(
@@ -133,7 +138,7 @@ def assemble(
         micro=micro,
         packing=packing,
         steps_total=order.num_steps,
-        notes=(*task.notes(data.facts), *_pipeline_notes(world)),
+        notes=(*_notes(config), *task.notes(data.facts), *_pipeline_notes(world)),
     )
     run = Run(
         config=config,
@@ -142,7 +147,13 @@ def assemble(
         step=step,
         tuned=tuned,
         processor=processor,
-        optimizer=build_optimizer(config.optim, step, rounded, accumulates=accumulates),
+        optimizer=build_optimizer(
+            config.optim,
+            step,
+            rounded,
+            accumulates=accumulates,
+            lr_ratio=partial(tuning.lr_ratio, config.tuning),
+        ),
         watch=Watch(config.faults, world.device),
         train=data.train,
         packs=data.packs,
@@ -184,13 +195,30 @@ def _micro(batch: Batch, samples: Samples, world: World, vocabulary: int) -> int
     return max(1, min(share, tokens // longest))
 
 
+def _check_sharding(config: Config, world: World) -> None:
+    if tuning.quantised(config.model) and world.accelerator.is_fsdp2:
+        raise LaunchError(
+            "model.quantise: weights in a few bits are not sharded by this version; take configs/accelerate/ddp.yaml "
+            "or one_gpu.yaml"
+        )
+
+
+def _notes(config: Config) -> tuple[str, ...]:
+    """Return what a reader of the card must know of the model beforehand."""
+    if not isinstance(config.model, Pretrained) or config.model.quantise is None:
+        return ()
+    beside = f"Trained beside a base model whose linear layers were rounded to {config.model.quantise.bits} bits."
+    merged = "The merged weights are these rounded values, in full precision, with the update added in."
+    return (beside, merged) if getattr(config.tuning, "merge", False) else (beside,)
+
+
 def _model_facts(config: Config, model: PreTrainedModel, origin: str) -> ModelFacts:
     return ModelFacts(
         name=getattr(config.model, "name", None),
         revision=models.revision_of(model),
         fingerprint=origin,
         architecture=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=model.num_parameters(),  # which knows how many are in a byte
         num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         tuning=config.tuning.type,
         dtype=str(model.dtype).removeprefix("torch."),

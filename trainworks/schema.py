@@ -22,13 +22,14 @@ from pydantic import (
 
 from trainworks.errors import nearest
 from trainworks.reading import AnyData
-from trainworks.settings import Count, Name, Names, Rate, Settings, Share
+from trainworks.settings import Count, Name, Names, Rate, Settings, Share, SomeNames
 
 __all__ = [
     "Batch",
     "Budget",
     "Every",
     "Faults",
+    "Freeze",
     "FromScratch",
     "Full",
     "Goal",
@@ -37,10 +38,26 @@ __all__ = [
     "LoRA",
     "NewTokenizer",
     "Optim",
+    "Peft",
     "Pretrained",
+    "Quantise",
     "RunConfig",
     "Speed",
 ]
+
+
+class Quantise(Settings):
+    """Keep the weights of linear layers in a few bits, by bitsandbytes; what is trained is an adapter beside them.
+
+    4 bits are NormalFloat (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), 8 are LLM.int8 (Dettmers et al. 2022,
+    arXiv:2208.07339), which rounds what goes into a layer too, by all tokens of a micro-batch where some are very
+    large.
+    """
+
+    bits: Literal[4, 8]
+    """Bits of a weight. The output head and the embeddings stay as they are."""
+    double: bool = True
+    """Round the scales of 4-bit weights as well, to 8 bits: 0.4 bits less for each weight."""
 
 
 class Pretrained(Settings):
@@ -52,6 +69,11 @@ class Pretrained(Settings):
     """Branch, tag or commit on the Hub; the commit it meant is written to the record."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the weights. float32 masters train best; the arithmetic's precision is the hardware file's."""
+    quantise: Quantise | None = None
+    """Keep the weights in fewer bits, such as `{bits: 4}`: QLoRA, with `tuning: {type: lora}`."""
+    new_tokens: Names = ()
+    """Tokens to add to the tokenizer, such as `<think>`. Their embeddings begin as the mean of the others, and are
+    trained and saved beside an adapter too."""
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(**{"name": name, **options})
@@ -103,6 +125,22 @@ class Full(Settings):
     type: Literal["full"] = "full"
 
 
+class Freeze(Settings):
+    """Train some of the weights, told by patterns that their whole names match, `*` standing for anything."""
+
+    type: Literal["freeze"] = "freeze"
+    train: SomeNames = ("*",)
+    """Patterns of what is trained, such as `[model.layers.1?.*, lm_head.*]`."""
+    freeze: Names = ()
+    """Patterns of what is frozen out of that, such as `*embed*`."""
+
+    @model_validator(mode="after")
+    def _said(self) -> Self:
+        if self.train == ("*",) and not self.freeze:
+            raise ValueError("say what to train, or what to freeze; tuning: {type: full} trains everything")
+        return self
+
+
 class LoRA(Settings):
     """Train low-rank updates of the chosen linear layers and, for a new task head, the head (Hu et al. 2021,
     arXiv:2106.09685)."""
@@ -117,12 +155,30 @@ class LoRA(Settings):
     targets: Name | tuple[Name, ...] = "all-linear"
     """`all-linear` (every linear layer but the output head), or the names of the layers to adapt."""
     options: dict[str, Any] = {}
-    """Any other option of `peft.LoraConfig`, by its own name, such as `use_rslora: true`."""
+    """Any other option of `peft.LoraConfig`, by its own name: `use_rslora: true` scales by alpha / sqrt(rank)
+    (arXiv:2312.03732), `use_dora: true` trains lengths apart from directions (arXiv:2402.09353), `init_lora_weights:
+    pissa` begins with the model's own largest directions (arXiv:2404.02948); what is exported then is a plain LoRA of
+    twice the rank beside the untouched base."""
+    b_lr_ratio: Annotated[float, Strict(), Field(gt=0)] = 1.0
+    """Learning rate of the updates' second factor, B, over that of the first; above 1 it is LoRA+ (arXiv:2402.12354,
+    which takes 16)."""
     merge: bool = False
     """Also export the base model with the update added in."""
 
 
-Tuning = Annotated[Full | LoRA, Field(discriminator="type")]
+class Peft(Settings):
+    """Train an adapter of any other method that PEFT has, said in its own words."""
+
+    type: Literal["peft"] = "peft"
+    method: Name
+    """PEFT's name of it: `IA3`, `LOKR`, `OFT`, `VERA`, ..."""
+    options: dict[str, Any] = {}
+    """Options of the method's configuration in PEFT, such as `target_modules`; unknown ones are refused."""
+    merge: bool = False
+    """Also export the base model with the adapter worked into it."""
+
+
+Tuning = Annotated[Full | Freeze | LoRA | Peft, Field(discriminator="type")]
 
 
 class Batch(Settings):

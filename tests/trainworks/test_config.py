@@ -143,8 +143,12 @@ optim: {schedule: linear}
             "run.yaml:9: tuning.targets[1]: expected text; found 3; put it in quotes",
         ),
         ("type: lora\n", "type: full\n", "run.yaml:8: tuning.rank: unknown key; belongs under tuning (type: lora)"),
-        ("  type: lora\n", "", "run.yaml:6: tuning.type: required key is missing; known: full, lora"),
-        ("type: lora\n", "type: pruned\n", "run.yaml:7: tuning.type: unknown type 'pruned'; known: full, lora"),
+        ("  type: lora\n", "", "run.yaml:6: tuning.type: required key is missing; known: full, freeze, lora, peft"),
+        (
+            "type: lora\n",
+            "type: pruned\n",
+            "run.yaml:7: tuning.type: unknown type 'pruned'; known: full, freeze, lora, peft",
+        ),
         ("{per_step: 32}", "32", "run.yaml:15: batch: expected a section of `key: value` lines; found 32"),
         ("32}", "32, micro: atuo}", "expected a whole number or 'auto'; found 'atuo' (did you mean 'auto'?)"),
         ("epochs: 1.5", "{}", "run.yaml:16: budget: give exactly one of epochs, steps, tokens; found none"),
@@ -178,7 +182,8 @@ def test_a_mistake_is_one_line_with_its_place_and_mend(old: str, new: str, probl
 def test_a_section_of_another_kind_is_understood_in_spite_of_a_misspelt_key() -> None:
     text = edited("  name: some/model", "  architecure: llama\n  sizes: {}\n  tokenizer: {vocab_size: 0}")
     assert problems(text) == [
-        "run.yaml:5: model.architecure: unknown key (did you mean 'architecture'?); known: name, revision, dtype",
+        "run.yaml:5: model.architecure: unknown key (did you mean 'architecture'?); known: name, revision, dtype, "
+        "quantise, new_tokens",
         "run.yaml:7: model.tokenizer.vocab_size: expected a number greater than 0; found 0",
     ]
 

@@ -40,8 +40,8 @@ def trained(run: Run) -> dict[str, Tensor]:
 
 def buffers(run: Run) -> dict[str, Tensor]:
     """Return what the model keeps besides its weights, such as running means, by name."""
-    parameters = {name for name, _ in run.model.named_parameters(remove_duplicate=False)}
-    return {f"model.{name}": value for name, value in run.model.state_dict().items() if name not in parameters}
+    names = {name for name, _ in run.model.named_buffers(remove_duplicate=False)}
+    return {f"model.{name}": value for name, value in run.model.state_dict().items() if name in names}
 
 
 @dataclass(frozen=True)
