@@ -9,19 +9,29 @@ from typing import Any
 import tiny
 
 import finetune
-from trainworks import evaluate, export, train_steps
+from trainworks import Optim, evaluate, export, train_steps
 from trainworks.checkpoint import save
 
 
 def train(
-    folder: str, task: str, output: str, tuning: str = "full", micro: int = 8, stop_after: int = 0, epochs: float = 1.3
+    folder: str,
+    task: str,
+    output: str,
+    tuning: str = "full",
+    micro: int = 8,
+    stop_after: int = 0,
+    epochs: float = 1.3,
+    optim: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or save and end after some steps; return the curve and a digest of the weights."""
     place = Path(folder)
     config = tiny.config(
         task, place / "model", place / "rows.jsonl", Path(output), tuning=tuning, micro=micro, epochs=epochs
     )
-    run = finetune.prepare(config)
+    changes: dict[str, Any] = {"optim": config.optim if optim is None else Optim(**optim)}
+    changes["model"] = config.model.model_copy(update=model)
+    run = finetune.prepare(config.model_copy(update=changes))
     run.save_record()
     steps = []
     for step in train_steps(run):

@@ -65,7 +65,7 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
             norm = gradient_norm(parameters, run.world)
             spoiled = run.world.largest(run.watch.judge(number, total, norm))
             lr = learning_rate(run.config.optim, number - 1, run.plan.num_steps)
-            take_step(run.optimizer, run.config.optim, lr=lr, norm=norm, spoiled=spoiled)
+            take_step(run.optimizer, run.config.optim, number=number, lr=lr, norm=norm, spoiled=spoiled)
             run.progress.step = number
             run.progress.samples += window.samples
             run.progress.tokens += window.tokens

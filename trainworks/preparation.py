@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trainworks import models, tuning
+from trainworks import models, optim, tuning
 from trainworks.bad_steps import Watch
 from trainworks.config import resolved
 from trainworks.data.cache import digest
@@ -18,7 +18,6 @@ from trainworks.data.loading import Samples
 from trainworks.data.order import mix
 from trainworks.environment import command, environment
 from trainworks.errors import ConfigError, LaunchError
-from trainworks.optim import build_optimizer
 from trainworks.output import check_folder
 from trainworks.parallel import context, tensor
 from trainworks.parallel.launch import World, start
@@ -48,6 +47,7 @@ def begin(config: Config) -> World:
     if config.layout.pipeline > 1:
         _check_pipeline(config)
     tuning.check(config.tuning, config.model)
+    optim.check(config.optim, config.model)
     check_folder(config)
     models.check(config.model)
     check_trackers(config.trackers)
@@ -147,12 +147,14 @@ def assemble(
         step=step,
         tuned=tuned,
         processor=processor,
-        optimizer=build_optimizer(
+        optimizer=optim.build_optimizer(
             config.optim,
             step,
             rounded,
             accumulates=accumulates,
             lr_ratio=partial(tuning.lr_ratio, config.tuning),
+            hidden=optim.hidden_matrices(model),
+            seed=config.seed,
         ),
         watch=Watch(config.faults, world.device),
         train=data.train,

@@ -213,30 +213,52 @@ class Budget(Settings):
 class Optim(Settings):
     """The optimizer, its schedule and gradient clipping."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or SGD with momentum betas[0] (betas[1] unused)."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon;
+    its steps scaled to AdamW's size, arXiv:2502.16982) for the matrices between embeddings and head, with AdamW for all
+    else; or SGD with momentum betas[0] (betas[1] unused)."""
     lr: Annotated[float, Strict(), Field(gt=0)]
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """Shape after warm-up; linear falls to `min_lr_ratio` x lr, cosine likewise, constant stays."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "cosine"
+    """Shape after warm-up; linear falls to `min_lr_ratio` x lr, cosine likewise, constant stays, wsd stays and falls at
+    the end by the square root of the time (arXiv:2405.18392), so that until then a run can be made longer."""
     min_lr_ratio: Share = 0.0
     """The schedule's last value as a share of lr."""
     warmup: Annotated[int, Strict(), Field(ge=0)] | Share = 0
     """Linear warm-up: a whole number is steps, a fraction below 1 is that share of all steps."""
+    decay: Annotated[int, Strict(), Field(ge=0)] | Share = 0.2
+    """How long wsd falls at the end: steps, or a share of all."""
     weight_decay: Rate = 0.0
-    """Weight decay, decoupled for AdamW; never applied to biases and other one-dimensional weights."""
+    """Weight decay, decoupled but for sgd; never applied to biases and other one-dimensional weights."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
+    momentum: Share = 0.95
+    """Momentum of Muon."""
     eps: Annotated[float, Strict(), Field(gt=0)] = 1e-8
     """AdamW's denominator offset."""
     max_grad_norm: Annotated[float, Strict(), Field(gt=0)] | Literal["off"] = 1.0
     """Clip the global gradient norm to this."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How bfloat16 weights (`model.dtype`) are rounded after a step. To the nearest, they stand still once steps are
+    small; stochastic rounding is right on average (arXiv:2010.06192), and the same in every run of the same seed."""
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """How AdamW's moments are kept: 8 bits are those of bitsandbytes (Dettmers et al. 2021, arXiv:2110.02861), with a
+    scale for each 256 numbers."""
 
     @model_validator(mode="after")
     def _used(self) -> Self:
-        # The default may be said: a configuration that is written whole, and read again, says it.
-        if self.name == "sgd" and self.eps != type(self).model_fields["eps"].default:
-            raise ValueError("eps does nothing for sgd; leave it out")
+        unused = {
+            "eps": self.name == "sgd",
+            "momentum": self.name != "muon",
+            "rounding": self.name != "adamw",
+            "moments": self.name != "adamw",
+        }
+        for name, idle in unused.items():
+            # The default may be said: a configuration that is written whole, and read again, says it.
+            if idle and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} does nothing for {self.name}; leave it out")
+        if self.schedule != "wsd" and self.decay != type(self).model_fields["decay"].default:
+            raise ValueError(f"decay does nothing for schedule: {self.schedule}; leave it out")
         return self
 
 

@@ -36,6 +36,14 @@ def test_shapes_have_their_known_values() -> None:
     assert rates(Optim(lr=1.0, schedule="linear", min_lr_ratio=0.5), 4) == [1.0, 0.875, 0.75, 0.625]
 
 
+def test_wsd_stays_until_it_falls_by_the_square_root_of_the_time() -> None:
+    curve = rates(Optim(lr=1.0, schedule="wsd", warmup=2, decay=4), 10)
+    assert curve == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75)])
+    assert rates(Optim(lr=1.0, schedule="wsd", warmup=2, decay=0.4), 10) == curve
+    assert rates(Optim(lr=1.0, schedule="wsd", warmup=2, decay=4), 20)[:16] == [*curve[:6], *[1.0] * 10]
+    assert rates(Optim(lr=1.0, schedule="wsd", min_lr_ratio=0.5, decay=1.0 - 1e-9), 4)[0] == 1.0
+
+
 def test_decay_is_for_matrices_only() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     module[0].weight.requires_grad_(True)

@@ -138,13 +138,11 @@ def test_an_adapter_with_new_tokens_is_the_same_exported_and_merged(name: str, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LORAS)
-@pytest.mark.parametrize(
-    ("tokens", "tied"), [((), True), (TOKENS, False), (TOKENS, True)], ids=["tied", "new tokens", "new tokens, tied"]
-)
-def test_an_adapter_is_the_same_exported_and_merged(
-    name: str, tokens: tuple[str, ...], tied: bool, tmp_path: Path
+@pytest.mark.parametrize("tokens", [(), TOKENS], ids=["", "new tokens"])
+def test_an_adapter_of_tied_embeddings_is_the_same_exported_and_merged(
+    name: str, tokens: tuple[str, ...], tmp_path: Path
 ) -> None:
-    check_lora(name, tokens=tokens, tied=tied, folder=tmp_path)
+    check_lora(name, tokens=tokens, tied=True, folder=tmp_path)
 
 
 METHODS: dict[str, dict[str, Any]] = {
