@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainworks.schema import (
         Batch,
         Budget,
+        EarlyStop,
         Every,
         Faults,
         Freeze,
@@ -49,6 +50,7 @@ __all__ = [
     "Budget",
     "CausalLM",
     "Data",
+    "EarlyStop",
     "EvalReport",
     "Every",
     "Faults",
@@ -88,6 +90,7 @@ __all__ = [
 _SCHEMA = (
     "Batch",
     "Budget",
+    "EarlyStop",
     "Every",
     "Faults",
     "Freeze",

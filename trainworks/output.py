@@ -27,6 +27,7 @@ _CHANGEABLE = (
     "trackers",
     "hub",
     "goal",
+    "early_stop",
     "data.workers",
     "data.prepare_workers",
     "data.clean.workers",

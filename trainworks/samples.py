@@ -119,18 +119,23 @@ def _check_metrics(config: Config, sources: Sequence[Source]) -> None:
     if config.metrics and not task.metrics():
         raise ConfigError(f"metrics: task {task.type} makes no predictions that {config.metrics[0]} could measure")
     mend = "name data.validation, or set data.holdout above 0"
-    if config.goal is not None and not held_out:
-        raise ConfigError(f"goal: there are no rows to measure it on; {mend}")
+    wanted = {"goal": config.goal, "early_stop": config.early_stop}
+    for key, each in wanted.items():
+        if each is not None and not held_out:
+            raise ConfigError(f"{key}: there are no rows to measure it on; {mend}")
     if config.every.evaluate != "end" and not held_out:
         raise ConfigError(f"every.evaluate: there are no rows held out; {mend}")
+    if config.early_stop is not None and config.every.evaluate == "end":
+        raise ConfigError("early_stop: nothing is evaluated before the end; say every.evaluate: N, in steps")
     known = measured(task, config.metrics)
     for spec in config.metrics:
         _ = HuggingFaceMetric(spec).module
-    if config.goal is not None and config.goal.metric not in known:
-        raise ConfigError(
-            f"goal.metric: {config.goal.metric!r} is not measured{nearest(config.goal.metric, known)}; there are "
-            f"{', '.join(known)}"
-        )
+    for key, each in wanted.items():
+        if each is not None and each.metric not in known:
+            raise ConfigError(
+                f"{key}.metric: {each.metric!r} is not measured{nearest(each.metric, known)}; there are "
+                f"{', '.join(known)}"
+            )
 
 
 def equipped(sources: Sequence[Source], processor: Processor) -> Processor:

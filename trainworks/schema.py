@@ -27,6 +27,7 @@ from trainworks.settings import Count, Name, Names, Rate, Settings, Share, SomeN
 __all__ = [
     "Batch",
     "Budget",
+    "EarlyStop",
     "Every",
     "Faults",
     "Freeze",
@@ -346,6 +347,17 @@ class Goal(Settings):
         return self
 
 
+class EarlyStop(Settings):
+    """When to end before the budget is used up. The last weights are exported; the best are kept as a checkpoint."""
+
+    metric: Name = "loss"
+    """A metric of the task, or `loss`; whether more or less of it is better is known."""
+    patience: Count = 3
+    """Evaluations in a row that may be no better than the best before them."""
+    min_gain: Rate = 0.0
+    """What is better must be so by more than this."""
+
+
 def _repository(value: str) -> str:
     if value.count("/") != 1 or value.startswith("/") or value.endswith("/"):
         raise ValueError(f"expected owner/name, found {value!r}")
@@ -405,6 +417,8 @@ class RunConfig(Settings, Generic[TaskT]):
     """More metrics: names or local paths of Hugging Face `evaluate` modules, as `module` or `module:key`."""
     goal: Goal | None = None
     """The number to reach."""
+    early_stop: EarlyStop | None = None
+    """End once evaluations (`every.evaluate`) no longer get better, such as `{metric: accuracy, patience: 3}`."""
     trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
     """Experiment trackers beside the run's own metrics.jsonl."""
     deterministic: bool = False

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from trainworks.checkpoint import Saver
 from trainworks.cost import CostMeter
 from trainworks.evaluation import compare_with_baselines, evaluate, evaluate_baselines, goal_outcome, is_best
-from trainworks.loop import train_steps
+from trainworks.evaluation.early_stopping import stalled, steps_until_stalled
 from trainworks.record import RunRecord
 from trainworks.remedies import remedied
 from trainworks.run import Run
@@ -21,8 +21,8 @@ __all__ = ["fit"]
 
 
 def fit(run: Run) -> RunRecord:
-    """Train to the end of the budget, measured against baselines, logged and saved as the configuration says. All
-    ranks.
+    """Train to the end of the budget, or until evaluations stall, measured against baselines, logged and saved as the
+    configuration says. All ranks.
 
     Returns the record: `complete`, or `preempted` or `interrupted` when a signal asked to stop. All is saved then, and
     the same call on a run prepared anew goes on from there.
@@ -34,7 +34,7 @@ def fit(run: Run) -> RunRecord:
             with costs.paused():
                 saver.check_room()
                 _measure_first(run, log, saver, costs)
-            for step in train_steps(run):
+            for step in steps_until_stalled(run):
                 stopped = stop.agreed()
                 due = _due(run, step.number, stopped=stopped != 0)
                 if any(due) and remedied(run, log, saver):
@@ -93,7 +93,7 @@ def _evaluate_and_save(run: Run, log: Log, saver: Saver, costs: CostMeter, due: 
     if due.evaluate:
         log.report(evaluate(run))
         best = is_best(run)
-    if due.save or best:
+    if due.save or best or stalled(run):
         run.note(cost=costs.cost())
         run.save_record()  # first: what it holds beyond the checkpoint, a resume leaves out
         if problem := saver.save(best=best):

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import finetune
-from trainworks import Data, Every, Goal, Optim, Run, RunRecord, evaluate, read_record, train_steps
+from trainworks import Data, EarlyStop, Every, Goal, Optim, Run, RunRecord, evaluate, read_record, train_steps
 from trainworks.checkpoint import checkpoints, save
 from trainworks.errors import ConfigError, DataError, TrainingError
 from trainworks.tasks import TASKS
@@ -183,3 +183,38 @@ def test_preparing_twice_finds_what_was_prepared(tmp_path: Path, monkeypatch: py
     for name in ("first", "second"):
         prepared("sequence-classification", tmp_path, name)
         assert len(list((tmp_path / "cache" / "prepared").glob("[!.]*"))) == 2
+
+
+RISING = EarlyStop(metric="loss", patience=2)
+
+
+def stalling(folder: Path, name: str, **changes: Any) -> Run:
+    """Return a run whose loss gets worse: what it learns by heart is not what is held out."""
+    every = Every(log=1, evaluate=2, save="end")
+    optim = Optim(lr=0.3, schedule="constant")
+    return prepared("sft", folder, name, optim=optim, every=every, epochs=4.0, early_stop=RISING, **changes)
+
+
+def test_a_run_whose_evaluations_stall_ends_and_says_why(tmp_path: Path) -> None:
+    record = finetune.fit(stalling(tmp_path, "run"))
+    own = [report for report in record.reports if not report.is_baseline and report.name != "final"]
+    values = [report.metrics["loss"].value for report in own]
+    best = values.index(min(values))
+    assert record.status == "complete"
+    assert record.step == own[best].step + 4 < record.steps_total
+    assert record.notes[-1].startswith(f"Ended at step {record.step}: loss was best at step {own[best].step} (")
+    assert checkpoints(tmp_path / "run")[0].step == record.step
+    again = finetune.fit(stalling(tmp_path, "run"))
+    assert (again.step, again.notes) == (record.step, record.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"every": Every(evaluate=2), "early_stop": EarlyStop(metric="los")}, r"early_stop.metric: 'los'.*'loss'"),
+        ({"early_stop": EarlyStop()}, "nothing is evaluated before the end; say every.evaluate"),
+    ],
+)
+def test_an_early_end_that_cannot_come_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        prepared("sft", tmp_path, **changes)
