@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trainworks.record import EvalReport, RunRecord, read_record
     from trainworks.run import Run
     from trainworks.schema import (
+        Average,
         Batch,
         Budget,
         EarlyStop,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SFT",
+    "Average",
     "Batch",
     "Budget",
     "CausalLM",
@@ -88,6 +90,7 @@ __all__ = [
 ]
 
 _SCHEMA = (
+    "Average",
     "Batch",
     "Budget",
     "EarlyStop",

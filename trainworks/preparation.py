@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from trainworks import models, optim, tuning
+from trainworks.averages import Averages
 from trainworks.bad_steps import Watch
 from trainworks.config import resolved
 from trainworks.data.cache import digest
@@ -166,6 +167,9 @@ def assemble(
         record=record,
         progress=Progress(order=digest(data.facts.fingerprint, data.facts.processor, order.identity)),
     )
+    if config.optim.average is not None:
+        run.averages = Averages(config.optim.average.decay)
+        run.averages.follow(run.optimizer)
     world.follow(lambda: run.progress.step)
     return run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from trainworks.averages import Averages
 from trainworks.bad_steps import Watch
 from trainworks.data.loading import Batch, Samples, Window, evaluation_batches, windows
 from trainworks.data.order import Plan
@@ -111,6 +112,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     statistics: dict[str, Statistics] = field(default_factory=dict)
     """Per evaluation, what comparisons are computed from."""
+    averages: Averages | None = None
+    """Of the weights over the steps, where the configuration asks for them."""
     between_batches: Callable[[], object] = bool
     """Called between the batches of an evaluation; what it raises ends the evaluation. All ranks."""
 
@@ -187,6 +190,12 @@ class Run:
         for batch in shares:
             self.between_batches()
             yield self.world.move(batch)
+
+    def averaged(self, use: Literal["evaluate", "export"]) -> AbstractContextManager[None]:
+        """Put the averages in the place of the weights inside the block, if they are for that."""
+        average = self.config.optim.average
+        wanted = average is not None and use in average.use
+        return self.averages.used() if wanted and self.averages is not None else nullcontext()
 
     def note(self, **facts: Any) -> None:
         """Replace fields of the record; `save_record` writes it."""

@@ -25,6 +25,7 @@ from trainworks.reading import AnyData
 from trainworks.settings import Count, Name, Names, Rate, Settings, Share, SomeNames
 
 __all__ = [
+    "Average",
     "Batch",
     "Budget",
     "EarlyStop",
@@ -211,6 +212,15 @@ class Budget(Settings):
         return self
 
 
+class Average(Settings):
+    """An exponential moving average of the trained weights, kept in float32 beside them and saved with them."""
+
+    decay: Share = 0.999
+    """What of the average stays at each step."""
+    use: tuple[Literal["evaluate", "export"], ...] = ("evaluate", "export")
+    """Where the average stands in for the weights; training goes on with these."""
+
+
 class Optim(Settings):
     """The optimizer, its schedule and gradient clipping."""
 
@@ -245,6 +255,8 @@ class Optim(Settings):
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
     """How AdamW's moments are kept: 8 bits are those of bitsandbytes (Dettmers et al. 2021, arXiv:2110.02861), with a
     scale for each 256 numbers."""
+    average: Average | None = None
+    """Average the weights over the steps, such as `{decay: 0.999}`."""
 
     @model_validator(mode="after")
     def _used(self) -> Self:

@@ -22,14 +22,16 @@ __all__ = ["Piece", "Pieces", "buffers", "named_tensors", "owned", "trained"]
 
 
 def named_tensors(run: Run) -> dict[str, Tensor]:
-    """Return everything of this rank's that training changes: trained weights, buffers that are kept, and the
-    optimizer's state."""
+    """Return everything of this rank's that training changes: trained weights and their averages, buffers that are
+    kept, and the optimizer's state."""
     named: dict[str, Tensor] = {}
     own = {name: parameter for name, parameter in trained(run).items() if name not in run.passes.repeated}
     for name, parameter in own.items():
         named[f"model.{name}"] = parameter
         for key, value in run.optimizer.state.get(parameter, {}).items():
             named[f"optimizer.{name}.{key}"] = value
+        if run.averages is not None and parameter in run.averages.values:
+            named[f"average.{name}"] = run.averages.values[parameter]
     return named | buffers(run)
 
 

@@ -49,6 +49,13 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
             run.optimizer.state[parameter] = {
                 key: pieces.like(f"optimizer.{name}.{key}", parameter) for key in pieces.after(f"optimizer.{name}.")
             }
+        if run.averages is not None:
+            averages = pieces.names("average.")
+            run.averages.values = {
+                parameter: pieces.like(f"average.{name}", parameter)
+                for name, parameter in trained(run).items()
+                if f"average.{name}" in averages
+            }
         for name, buffer in buffers(run).items():
             pieces.fill(name, buffer)
     _restore_random_states(run, checkpoint)

@@ -98,7 +98,7 @@ def expected_bytes(run: Run) -> int:
     if any(name.startswith("optimizer.") for name in taken.tensors):
         return taken.num_bytes
     weights = [taken.tensors[f"model.{name}"] for name in trained(run) if f"model.{name}" in taken.tensors]
-    moments = num_moments(run.config.optim)
+    moments = num_moments(run.config.optim) + (run.config.optim.average is not None)
     # Besides its moments each weight has a number of steps.
     return taken.num_bytes + sum(moments * weight.nbytes + (moments + 1) * _HEADER for weight in weights)
 

@@ -40,7 +40,7 @@ def evaluate(run: Run, name: str | None = None, *, is_baseline: bool = False) ->
     """
     rows = _held_out(run)
     begun = time.perf_counter()
-    with _undisturbed(run):
+    with _undisturbed(run), run.averaged("evaluate"):
         statistics = _measure(run)
         samples = run.step(rows, ask="show")
     report = EvalReport(

@@ -29,11 +29,12 @@ def export(run: Run, folder: str | Path | None = None) -> Path:
     is these values that the update is added to, since it was trained beside them.
     """
     folder = Path(folder or run.folder / "model")
-    weights = _gathered(run)
-    if run.world.is_main:
-        _write(run, folder, weights)
-        if isinstance(run.config.tuning, LoRA | Peft) and run.config.tuning.merge:
-            _write_merged(run, folder, folder.with_name("merged"))
+    with run.averaged("export"):
+        weights = _gathered(run)
+        if run.world.is_main:
+            _write(run, folder, weights)
+    if run.world.is_main and isinstance(run.config.tuning, LoRA | Peft) and run.config.tuning.merge:
+        _write_merged(run, folder, folder.with_name("merged"))
     run.world.wait_patiently()
     return folder
 
