@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trainworks.errors import ConfigError, LaunchError
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
 
     from trainworks.speed.working_weights import WorkingWeights
 
-__all__ = ["build_optimizer", "check", "hidden_matrices", "learning_rate", "num_moments", "take_step"]
+__all__ = [
+    "build_optimizer",
+    "check",
+    "hidden_matrices",
+    "layer_ratios",
+    "learning_rate",
+    "num_moments",
+    "take_step",
+]
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -62,20 +71,20 @@ def build_optimizer(
     rounded: WorkingWeights | None = None,
     *,
     accumulates: bool = True,
-    lr_ratio: Callable[[str], float] = lambda name: 1.0,
+    lr_ratios: Mapping[Tensor, float] = MappingProxyType({}),
     hidden: Collection[Tensor] = (),
     seed: int = 0,
 ) -> Optimizer:
     """Build the optimizer over what `module` trains; one-dimensional weights (norms, biases) are not decayed.
 
-    A weight's learning rate is the run's times `lr_ratio` of its name. Muon is for the `hidden` matrices.
+    A weight's learning rate is the run's times what `lr_ratios` has for it. Muon is for the `hidden` matrices.
 
     Where the module computes with `rounded` weights, these follow it; and where no gradients are added up, over
     micro-batches or ranks, they may stay as they come.
     """
     from trainworks.speed.adamw import OnePassAdamW
 
-    groups = _groups(optim, module, lr_ratio)
+    groups = _groups(optim, module, lr_ratios)
     if rounded is not None and optim.name == "adamw" and optim.moments == "float32" and optim.rounding == "nearest":
         one_pass = OnePassAdamW(groups, rounded, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         if not accumulates:
@@ -129,6 +138,27 @@ _BUILD: dict[str, Callable[[Optim, list[dict[str, Any]], Collection[Tensor], int
 }
 
 
+def layer_ratios(optim: Optim, model: PreTrainedModel) -> dict[str, float]:
+    """Return each weight's learning rate over that of the head, by name: `layer_decay` to the power of the layers from
+    there. ConfigError for a model without a stack of layers."""
+    if optim.layer_decay == 1.0:
+        return {}
+    from torch import nn
+
+    stacks = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    stack = max(stacks, key=lambda name: len(stacks[name]), default=None)
+    if stack is None:
+        raise ConfigError(f"optim.layer_decay: {type(model).__name__} has no stack of layers; leave it out")
+    top, passed = len(stacks[stack]), False
+    powers = {}
+    for name, _ in model.named_parameters():
+        inside = name.startswith(f"{stack}.")
+        passed = passed or inside
+        number = int(name.removeprefix(f"{stack}.").partition(".")[0]) if inside else top if passed else -1
+        powers[name] = top - number
+    return {name: optim.layer_decay**power for name, power in powers.items()}
+
+
 def hidden_matrices(model: PreTrainedModel) -> list[Tensor]:
     """Return the matrices between a model's embeddings and its head."""
     from torch import nn
@@ -139,12 +169,12 @@ def hidden_matrices(model: PreTrainedModel) -> list[Tensor]:
     return [weight for weight in body.parameters() if weight.ndim in (2, 3) and id(weight) not in outside]
 
 
-def _groups(optim: Optim, module: nn.Module, lr_ratio: Callable[[str], float]) -> list[dict[str, Any]]:
+def _groups(optim: Optim, module: nn.Module, lr_ratios: Mapping[Tensor, float]) -> list[dict[str, Any]]:
     """Return what is trained, those together that are decayed alike and learn at the same rate."""
     parts: dict[tuple[bool, float], list[Tensor]] = {}
-    for name, parameter in module.named_parameters():
+    for parameter in module.parameters():
         if parameter.requires_grad:
-            parts.setdefault((parameter.ndim > 1, lr_ratio(name)), []).append(parameter)
+            parts.setdefault((parameter.ndim > 1, lr_ratios.get(parameter, 1.0)), []).append(parameter)
     return [
         {"params": part, "weight_decay": optim.weight_decay if decayed else 0.0, "lr_ratio": ratio}
         for (decayed, ratio), part in sorted(parts.items(), key=lambda item: item[0], reverse=True)
@@ -166,7 +196,7 @@ def take_step(optimizer: Optimizer, optim: Optim, *, number: int = 0, lr: float,
     """
     limit = float("inf") if optim.max_grad_norm == "off" else optim.max_grad_norm
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_ratio"]
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = spoiled  # type: ignore[attr-defined]
     optimizer.number = number  # type: ignore[attr-defined]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from trainworks import models, optim, tuning
 from trainworks.averages import Averages
@@ -65,6 +65,7 @@ def begin(config: Config) -> World:
 def check_model(config: Config, task: Task, processor: Processor, world: World) -> None:
     """Build the model without its weights, and tune that, so that what does not fit is known before they load."""
     outline = models.outline(config.model, task.auto_class, task.head(), processor)
+    optim.layer_ratios(config.optim, outline)
     if world.layout.context > 1:
         context.check(outline.config, world.layout.context * world.layout.tensor, task)
     new = models.new_ids(config.model, processor)
@@ -153,7 +154,7 @@ def assemble(
             step,
             rounded,
             accumulates=accumulates,
-            lr_ratio=partial(tuning.lr_ratio, config.tuning),
+            lr_ratios=_lr_ratios(config, model),
             hidden=optim.hidden_matrices(model),
             seed=config.seed,
         ),
@@ -199,6 +200,14 @@ def _micro(batch: Batch, samples: Samples, world: World, vocabulary: int) -> int
     longest = 1 if sizes is None else int(sizes.max())
     tokens = min(_AUTO_TOKENS.get(world.device.type, 8_192), _AUTO_LOGITS // vocabulary) * world.layout.context
     return max(1, min(share, tokens // longest))
+
+
+def _lr_ratios(config: Config, model: PreTrainedModel) -> dict[Tensor, float]:
+    by_layer = optim.layer_ratios(config.optim, model)
+    return {
+        weight: tuning.lr_ratio(config.tuning, name) * by_layer.get(name, 1.0)
+        for name, weight in model.named_parameters()
+    }
 
 
 def _check_sharding(config: Config, world: World) -> None:

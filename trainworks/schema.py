@@ -255,6 +255,9 @@ class Optim(Settings):
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"
     """How AdamW's moments are kept: 8 bits are those of bitsandbytes (Dettmers et al. 2021, arXiv:2110.02861), with a
     scale for each 256 numbers."""
+    layer_decay: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
+    """Learning rate of a layer over that of the one above it (arXiv:1801.06146, arXiv:2003.10555): head and last norm
+    learn at lr, the embeddings slowest. 0.9 or so suits encoders; all layers learn alike at 1."""
     average: Average | None = None
     """Average the weights over the steps, such as `{decay: 0.999}`."""
 

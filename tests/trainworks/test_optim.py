@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+import tiny
 import torch
+import transformers
 
 from trainworks import Optim
-from trainworks.optim import build_optimizer, learning_rate, take_step
+from trainworks.optim import build_optimizer, layer_ratios, learning_rate, take_step
 from trainworks.parallel.norm import gradient_norm
+from trainworks.tasks import TASKS
 
 
 def rates(optim: Optim, number: int = 10) -> list[float]:
@@ -42,6 +46,37 @@ def test_wsd_stays_until_it_falls_by_the_square_root_of_the_time() -> None:
     assert rates(Optim(lr=1.0, schedule="wsd", warmup=2, decay=0.4), 10) == curve
     assert rates(Optim(lr=1.0, schedule="wsd", warmup=2, decay=4), 20)[:16] == [*curve[:6], *[1.0] * 10]
     assert rates(Optim(lr=1.0, schedule="wsd", min_lr_ratio=0.5, decay=1.0 - 1e-9), 4)[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        (
+            "sequence-classification",
+            ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.bias"],
+        ),
+        ("sft", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]),
+    ],
+)
+def test_layers_learn_the_slower_the_farther_they_are_from_the_head(
+    task: str, names: list[str], tmp_path: Path
+) -> None:
+    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    model = auto.from_pretrained(tiny.save_model(tmp_path, task), num_labels=2)
+    ratios = layer_ratios(Optim(lr=1.0, layer_decay=0.5), model)
+    assert ratios.keys() == {name for name, _ in model.named_parameters()}
+    below, layer = names
+    above = {name for name, ratio in ratios.items() if ratio == 1.0}
+    assert (ratios[below], ratios[layer], ratios[layer.replace(".0.", ".1.")]) == (0.125, 0.25, 0.5)
+    assert {"classifier.weight" if "bert" in below else "lm_head.weight"} <= above
+    assert set(ratios.values()) == {0.125, 0.25, 0.5, 1.0}
+    weights = {weight: ratios[name] for name, weight in model.named_parameters()}
+    optimizer = build_optimizer(Optim(lr=1.0), model, lr_ratios=weights)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    take_step(optimizer, Optim(lr=1.0), lr=0.1, norm=torch.tensor(1.0), spoiled=torch.tensor(0.0))
+    for group in optimizer.param_groups:
+        assert {0.1 * weights[weight] for weight in group["params"]} == {group["lr"]}
 
 
 def test_decay_is_for_matrices_only() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from trainworks.chance import chances, mixed
+
 __all__ = ["CompactAdamW", "Moments"]
 
 Moments = Literal["float32", "bfloat16", "8bit"]
@@ -63,10 +65,11 @@ class CompactAdamW(torch.optim.Optimizer):
         scale = one if self.grad_scale is None else self.grad_scale
         change = _Change(group, state["step"], scale, spoiled == 0)
         values, gradient = (_local(tensor).view(-1) for tensor in (weight.detach(), weight.grad.contiguous()))  # type: ignore[union-attr]
-        key, first = _mixed(_mixed(self._seed) ^ _mixed(self.number << 32 | place)), _first(weight)
+        key, first = mixed(mixed(self._seed) ^ mixed(self.number << 32 | place)), _first(weight)
         for begin in range(0, len(values), _AT_ONCE):
             part = slice(begin, begin + _AT_ONCE)
-            chance = _chance(first + begin, len(values[part]), key, weight.device)
+            places = torch.arange(first + begin, first + begin + len(values[part]), device=weight.device)
+            chance = chances(places, key)
             mean, square = (store.read(state, name, part) for name in ("exp_avg", "exp_avg_sq"))
             new = change(values[part].float(), gradient[part].float(), mean, square)
             _keep(values[part], new, change.good, chance if self._stochastic else None)
@@ -193,37 +196,6 @@ def _rounded(new: Tensor, chance: Tensor) -> Tensor:
     how near they are."""
     bits = new.view(torch.int32) + (chance & 0xFFFF).to(torch.int32)
     return (bits & -0x10000).view(torch.float32)
-
-
-_STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-def _signed(value: int) -> int:
-    """Return 64 bits as torch counts them."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _mixed(value: int) -> int:
-    """Return 64 bits that look like chance: SplitMix64 (Steele et al. 2014, doi:10.1145/2714064.2660195)."""
-    value = (value + _STEP) & (2**64 - 1)
-    value = (value ^ value >> 30) * _FIRST & (2**64 - 1)
-    value = (value ^ value >> 27) * _SECOND & (2**64 - 1)
-    return value ^ value >> 31
-
-
-def _chance(first: int, number: int, key: int, device: torch.device) -> Tensor:
-    """Return 64 bits for each of some places in a weight, [number] from the first on: SplitMix64 again."""
-    value = torch.arange(first, first + number, device=device)
-    value.mul_(_signed(_STEP)).add_(_signed(key))
-    for shift, factor in ((30, _FIRST), (27, _SECOND)):
-        value.bitwise_xor_(_shifted(value, shift)).mul_(_signed(factor))
-    return value.bitwise_xor_(_shifted(value, 31))
-
-
-def _shifted(value: Tensor, bits: int) -> Tensor:
-    shifted: Tensor = (value >> bits) & (2 ** (64 - bits) - 1)
-    return shifted
 
 
 def _local(tensor: Tensor) -> Tensor:

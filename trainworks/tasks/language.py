@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from trainworks.chance import chances, mixed
 from trainworks.data.text import IGNORED, pad
 from trainworks.errors import ConfigError
 from trainworks.metrics import Metric, Ratio
@@ -50,12 +51,32 @@ def _bounds(lines: Sequence[NDArray[np.int64]], width: int) -> NDArray[np.int64]
     return np.unique(np.concatenate([[0], *ends]))
 
 
+def _noisy(model: PreTrainedModel, batch: Batch, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's inputs with embeddings in the place of tokens, and noise on them."""
+    import torch
+
+    embedded = model.get_input_embeddings()(given["input_ids"])
+    width, row = embedded.shape[-1], batch["row"]
+    columns = torch.arange(row.shape[1], device=row.device).expand_as(row)
+    first = batch.get("position_ids", columns) * width
+    places = first[..., None] + torch.arange(width, device=row.device)
+    bits = chances(places, batch["noise"][row][..., None])
+    noise = (bits & 0xFFFFFF).float() / 2**23 - 1
+    scale = batch["noise_scale"][row][..., None] / width**0.5
+    return {name: value for name, value in given.items() if name != "input_ids"} | {
+        "inputs_embeds": embedded + (noise * scale).to(embedded.dtype)
+    }
+
+
 class LanguageTask(Task, ABC):
     """Next-token prediction over prepared rows of `input_ids` and, where only part is learned, `trained`."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     pipeline_tag: ClassVar[str] = "text-generation"
     can_pack: ClassVar[bool] = True
+    neftune: Rate = 0.0
+    """Noise on the embeddings in training: uniform, up to this over the root of a row's tokens x their width (NEFTune,
+    arXiv:2310.05914, which takes 5 to 15). It is drawn from each row's own seed."""
 
     expert_balance: Rate = 0.0
     """Weight of a loss that spreads tokens evenly over a layer's experts; it depends on which rows a micro-step sees
@@ -165,6 +186,9 @@ class LanguageTask(Task, ABC):
             "row": lay([np.full(len(row) - 1, place) for place, row in enumerate(ids)], 0),
             "learned": torch.tensor([int((row[1:] != IGNORED).sum()) for row in targets]),
         }
+        if train and self.neftune:
+            batch["noise"] = torch.tensor([mixed(row["seed"]) >> 1 for row in rows])
+            batch["noise_scale"] = torch.tensor([self.neftune / np.sqrt(size) for size in sizes], dtype=torch.float32)
         if packed:
             batch["position_ids"] = lay([np.arange(size) for size in sizes], 0)
             bounds = _bounds([sizes[line] for line in lines], width)
@@ -197,7 +221,7 @@ class LanguageTask(Task, ABC):
         from trainworks.heads import backbone
         from trainworks.speed.packed_attention import rows_apart
 
-        inputs = self.inputs(batch)
+        inputs = _noisy(model, batch, self.inputs(batch)) if "noise" in batch and states is None else self.inputs(batch)
         if states is not None:
             inputs = {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": states}
         # With a cache, transformers does not look for rows in position_ids, and packed ones would see one another.

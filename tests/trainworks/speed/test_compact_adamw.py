@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import finetune
 from trainworks import Optim, Run, train_steps
+from trainworks.chance import chances, mixed
 from trainworks.checkpoint import save
 from trainworks.errors import ConfigError
 from trainworks.optim import build_optimizer, take_step
-from trainworks.speed.compact_adamw import _chance, _mixed, _rounded
+from trainworks.speed.compact_adamw import _rounded
 
 RANKS = str(Path(__file__).parents[2] / "ranks.py")
 NORM = torch.tensor(1.0)
@@ -101,7 +102,7 @@ def test_moments_of_one_byte_take_the_room_of_one_byte() -> None:
 def test_rounding_at_random_is_right_on_average() -> None:
     exact = torch.cat([torch.linspace(-3, 3, 50), torch.tensor([1e-30, -1e30, 0.0, 1 + 2**-10, 1 / 3])])
     number = 20_000
-    chance = _chance(0, number * len(exact), _mixed(7), torch.device("cpu"))
+    chance = chances(torch.arange(number * len(exact)), mixed(7))
     rounded = _rounded(exact.repeat(number), chance).view(number, -1).double()
     assert torch.equal(rounded, rounded.bfloat16().double())
     gap = (rounded.max(0).values - rounded.min(0).values).clamp(min=1e-45)
@@ -112,17 +113,17 @@ def test_rounding_at_random_is_right_on_average() -> None:
 
 
 def test_bits_of_chance_are_even_and_do_not_follow_one_another() -> None:
-    bits = _chance(0, 2**16, _mixed(1), torch.device("cpu"))
+    bits = chances(torch.arange(2**16), mixed(1))
     ones = torch.stack([(bits >> place & 1).double().mean() for place in range(64)])
     assert (ones - 0.5).abs().max() < 0.01
     low = (bits & 0xFFFF).double()
     for other in (
         low.roll(1),
         (bits >> 16 & 0xFFFF).double(),
-        (_chance(0, 2**16, _mixed(2), bits.device) & 0xFFFF).double(),
+        (chances(torch.arange(2**16), mixed(2)) & 0xFFFF).double(),
     ):
         assert abs(torch.corrcoef(torch.stack([low, other]))[0, 1]) < 0.02
-    assert torch.equal(_chance(100, 50, _mixed(1), bits.device), bits[100:150])
+    assert torch.equal(chances(torch.arange(100, 150), mixed(1)), bits[100:150])
 
 
 def test_a_weight_goes_on_where_the_nearest_rounding_stands_still() -> None:
