@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,6 +114,9 @@ def check(run: Run, *, least: float = 0.5) -> None:
     expected = logits(run.model, ids(run))
     folder = export(run)
     said = [logits(PeftModel.from_pretrained(base(run), str(folder)), ids(run))]
+    said.append(
+        logits(AutoPeftModelForCausalLM.from_pretrained(str(folder)), ids(run))
+    )  # as the card tells a reader to
     if run.config.tuning.merge:
         said.append(logits(AutoModelForCausalLM.from_pretrained(folder.with_name("merged")), ids(run)))
     for found in said:
