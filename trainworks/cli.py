@@ -253,6 +253,28 @@ def _chat(
         return 0
 
     raise typer.Exit(guarded(converse))
+@app.command("merge")
+def _merge(
+    output: Annotated[Path, typer.Argument(help="A new folder for the model.")],
+    adapters: Annotated[list[str], typer.Argument(help="LoRA adapters of one base.", metavar="FOLDER[=WEIGHT]")],
+) -> None:
+    """Work several adapters, each times its weight (1 unless said), into the base model that they share."""
+
+    def merge() -> int:
+        from trainworks.exporting.merging import merge_adapters
+
+        say(str(merge_adapters(dict(map(_weighted, adapters)), output)), sys.stdout)
+        return 0
+
+    raise typer.Exit(guarded(merge))
+
+
+def _weighted(adapter: str) -> tuple[str, float]:
+    folder, sign, weight = adapter.rpartition("=")
+    try:
+        return (folder, float(weight)) if sign else (adapter, 1.0)
+    except ValueError:
+        raise ConfigError(f"{adapter}: expected FOLDER or FOLDER=WEIGHT, the weight a number") from None
 
 
 @app.command("card")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainworks.exporting.merging import merge_adapters
 from trainworks.exporting.weights import export
 
-__all__ = ["export"]
+__all__ = ["export", "merge_adapters"]
