@@ -283,9 +283,12 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            **_rounding(settings.quantise) | head,
+            **rounding | head,
         )
 
+    rounding = {}
+    if settings.quantise is not None:
+        rounding = _rounding(settings.quantise, outline(settings, auto_class, head, processor))
     torch.manual_seed(seed)
     model: PreTrainedModel = _reaching(settings.name, "the weights", read)
     if model.config.pad_token_id is None:
@@ -297,15 +300,18 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
     return model
 
 
-def _rounding(quantise: Quantise | None) -> dict[str, Any]:
-    """Return what transformers is told to round weights by, which it does as it reads them."""
-    if quantise is None:
-        return {}
+def _rounding(quantise: Quantise, outline: PreTrainedModel) -> dict[str, Any]:
+    """Return what transformers is told to round weights by, which it does as it reads them; the head stays as it is."""
     from transformers import BitsAndBytesConfig
 
+    body = backbone(outline)
+    # transformers 5.23 would also convert a classifier with a bias, which is not there to be read, and not round it.
+    heads = [name for name, part in outline.named_children() if part is not body]
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": quantise.double}
     return {
-        "quantization_config": BitsAndBytesConfig(**(four if quantise.bits == 4 else {"load_in_8bit": True})),
+        "quantization_config": BitsAndBytesConfig(
+            **(four if quantise.bits == 4 else {"load_in_8bit": True}), llm_int8_skip_modules=heads
+        ),
         "device_map": {"": "cpu"},  # the run moves it to its device, as it does every model
     }
 

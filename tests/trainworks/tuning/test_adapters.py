@@ -31,6 +31,7 @@ from trainworks import (
     tuning,
 )
 from trainworks.checkpoint import save
+from trainworks.checkpoint.pieces import buffers
 from trainworks.errors import ConfigError
 from trainworks.models import dequantised, initialise, load
 
@@ -261,6 +262,28 @@ def test_an_adapter_beside_weights_in_few_bits_is_merged_into_what_these_are(
     beside = PeftModel.from_pretrained(dequantised(same_base(run)), str(folder))
     torch.testing.assert_close(logits(merged, ids(run)), logits(beside, ids(run)), rtol=0, atol=1e-5)
     assert [f"rounded to {bits} bits" in note or "rounded values" in note for note in run.record.notes] == [True, True]
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_classifier_beside_weights_in_few_bits_learns_and_resumes_bit_for_bit(bits: int, tmp_path: Path) -> None:
+    task = "sequence-classification"
+    place, rows = tiny.save_model(tmp_path / "model", task), tiny.save_rows(tmp_path / "rows.jsonl", task, 40)
+
+    def run(output: str) -> Run:
+        config = tiny.config(task, place, rows, tmp_path / output, tuning="lora")
+        model = config.model.model_copy(update={"quantise": Quantise(bits=bits)})
+        return finetune.prepare(config.model_copy(update={"model": model}))
+
+    whole = run("whole")
+    assert whole.model.classifier.weight.dtype == torch.float32
+    expected = trained(whole)
+    first = run("parts")
+    first.save_record()
+    begun = [next(train_steps(first)).loss.item()]
+    save(first)
+    assert begun + trained(run("parts")) == expected
+    names = {name for name, _ in buffers(whole).items()}
+    assert not any("weight" in name for name in names), "what is rounded is no part of a checkpoint"
 
 
 def test_an_evaluation_leaves_training_beside_4_bits_as_it_is(tmp_path: Path) -> None:
