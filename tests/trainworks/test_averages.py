@@ -26,7 +26,7 @@ def prepared(folder: Path, name: str = "run", average: Average | None = None, **
     )
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_averages_are_what_they_are_by_definition_and_leave_training_as_it_is(tuning: str, tmp_path: Path) -> None:
     plain = prepared(tmp_path, "plain", tuning=tuning)
     expected: dict[str, torch.Tensor] = {}

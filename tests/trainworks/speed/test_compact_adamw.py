@@ -181,7 +181,12 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
+OFTEN = ("stochastic, moments of two bytes", "muon")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS]
+)
 def test_a_run_learns_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     settings, dtype = RUNS[kind]
     optim = Optim(lr=3e-3, **settings)
