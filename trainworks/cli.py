@@ -253,6 +253,8 @@ def _chat(
         return 0
 
     raise typer.Exit(guarded(converse))
+
+
 @app.command("merge")
 def _merge(
     output: Annotated[Path, typer.Argument(help="A new folder for the model.")],
