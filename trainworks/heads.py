@@ -101,23 +101,24 @@ class Head:
 
         return torch.cat([self(part).argmax(-1) for part in hidden.split(_AT_ONCE)])
 
-    def losses(self, hidden: Tensor, labels: Tensor, *, ignored: int) -> Tensor:
+    def losses(self, hidden: Tensor, labels: Tensor, *, ignored: int, alike: bool = True) -> Tensor:
         """Return -log p(label) in nats, [tokens], of states [tokens, width]; 0 where the label is `ignored`.
 
         A plain product with weights, a bias added or not, is done a chunk at a time, and its tokens' losses must be
-        weighed alike afterwards (see `head_losses`); anything else, such as an adapter on the head, makes all its
-        logits first.
+        weighed alike afterwards (see `head_losses`), unless `alike` says that they are not, which takes longer;
+        anything else, such as an adapter on the head, makes all its logits first.
         """
         from torch import nn
 
         from trainworks.speed.cross_entropy import token_losses
-        from trainworks.speed.loss_head import head_losses
+        from trainworks.speed.loss_head import head_losses, weighed_losses
 
         layer = self.model.get_output_embeddings()
         weights = dict(layer.named_parameters())
         if type(layer) is nn.Linear and weights.keys() <= {"weight", "bias"}:
             shape = self._shaped if self._amounts() else None
-            return head_losses(hidden, layer.weight, labels, ignored=ignored, bias=self._bias(weights), shape=shape)
+            losses = head_losses if alike else weighed_losses
+            return losses(hidden, layer.weight, labels, ignored=ignored, bias=self._bias(weights), shape=shape)
         return token_losses(self(hidden), labels, ignored=ignored)
 
     def _bias(self, weights: Mapping[str, Tensor]) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainworks.speed.compiling import can_compile
 from trainworks.speed.cross_entropy import token_losses
 
-__all__ = ["head_losses"]
+__all__ = ["head_losses", "weighed_losses"]
 
 _CHUNK_BYTES = {"cuda": 2**32, "cpu": 2**26}
 """Most bytes of float32 logits at once: large enough for a GPU's matrix products, small enough for a processor's
@@ -41,9 +41,29 @@ def head_losses(
     Memory is that of one chunk of logits, whatever the number of tokens. The gradients are made in the forward pass,
     while a chunk's logits are there (as in Liger kernels, Hsu et al. 2024, arXiv:2410.10989), and scaled in the
     backward pass. So every token's loss must be weighed alike afterwards, as where a row's sum is divided by one count;
-    RuntimeError in the backward pass when they are not.
+    RuntimeError in the backward pass when they are not. Where the weights are not trained, each may be weighed as it
+    likes: only the states' gradients are there, and those are scaled one by one.
     """
     losses: Tensor = _HeadLosses.apply(hidden, weight, bias, labels, ignored, shape)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def weighed_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignored: int,
+    bias: Tensor | None = None,
+    shape: Shape | None = None,
+) -> Tensor:
+    """Return the same as `head_losses`, where tokens' losses may be weighed apart afterwards, as those of a chosen and
+    a rejected answer are.
+
+    What each is weighed by is known in the backward pass only, which makes every chunk's logits a second time.
+    """
+    apply = _WeighedLosses.apply if weight.requires_grad or (bias is not None and bias.requires_grad) else _HeadLosses.apply
+    losses: Tensor = apply(hidden, weight, bias, labels, ignored, shape)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -58,8 +78,7 @@ class _HeadLosses(torch.autograd.Function):
         ignored: int,
         shape: Shape | None,
     ) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        device, dtype = hidden.device.type, _computed_in(hidden)
         states, matrix = hidden.to(dtype), weight.to(dtype)
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         exact = torch.promote_types(dtype, torch.float32)
@@ -90,15 +109,71 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         learned, to_states, to_bias, *to_weight = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = ctx.dtypes
+        if not to_weight and to_bias is None:
+            return (_exact(to_states) * above[:, None]).to(of_hidden), None, None, None, None, None
         scale = (above * learned).amax()
         # What is not a number passes: the step is then a bad one, and told as such.
         torch._assert_async(~((above - scale).abs() * learned > 0).any(), "head_losses: tokens are not weighed alike")
-        of_hidden, of_weight, of_bias = ctx.dtypes
         summed = _for(_summed, above.device.type)
         states = None if to_states is None else summed([to_states], scale, of_hidden)
         matrix = summed(to_weight, scale, of_weight) if to_weight else None
         added = None if to_bias is None else (to_bias * scale).to(of_bias)
         return states, matrix, added, None, None, None
+
+
+class _WeighedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignored: int,
+        shape: Shape | None,
+    ) -> Tensor:
+        ctx.dtype, ctx.ignored, ctx.shape = _computed_in(hidden), ignored, shape
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        states, matrix, added = (None if each is None else each.to(ctx.dtype) for each in (hidden, weight, bias))
+        losses = torch.zeros(len(labels), dtype=torch.promote_types(ctx.dtype, torch.float32), device=hidden.device)
+        for part in _chunks(len(labels), len(weight), hidden.device.type):
+            logits = torch.nn.functional.linear(states[part], matrix, added)
+            shaped = logits if shape is None else shape(_exact(logits))
+            losses[part] = token_losses(shaped, labels[part], ignored=ignored)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None, None]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        states, matrix, added = (None if each is None else each.to(ctx.dtype) for each in (hidden, weight, bias))
+        to_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(matrix)
+        to_bias = torch.zeros_like(bias, dtype=above.dtype) if ctx.needs_input_grad[2] else None
+        for number, part in enumerate(_chunks(len(labels), len(weight), hidden.device.type)):
+            # Scaled are the narrow sides of both products, not the gradient as wide as the vocabulary.
+            scale = above[part][:, None]
+            logits = torch.nn.functional.linear(states[part], matrix, added)
+            _, gradient = _for(_chunk, hidden.device.type)(logits, labels[part], ctx.ignored, ctx.shape)
+            if to_states is not None:
+                to_states[part] = (gradient @ matrix) * scale
+            if to_bias is not None:
+                to_bias += above[part] @ gradient.to(above.dtype)
+            product = gradient.t() @ (states[part] * scale).to(ctx.dtype)
+            to_weight = product if number == 0 else _exact(to_weight).add_(product)
+        return (
+            None if to_states is None else to_states.to(hidden.dtype),
+            to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _computed_in(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _summed(parts: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from trainworks.speed import loss_head
 from trainworks.speed.cross_entropy import token_losses
-from trainworks.speed.loss_head import head_losses
+from trainworks.speed.loss_head import head_losses, weighed_losses
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 29
 IGNORED = -100
@@ -98,6 +98,49 @@ def test_tokens_that_are_weighed_apart_are_refused() -> None:
     losses = head_losses(hidden, weight, labels, ignored=IGNORED)
     with pytest.raises(RuntimeError, match="not weighed alike"):
         (losses * torch.arange(TOKENS)).sum().backward()
+
+
+@pytest.mark.parametrize("shape", [None, capped], ids=["plain", "capped"])
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+@pytest.mark.parametrize("frozen", [None, "hidden", "weight"])
+def test_tokens_that_are_weighed_apart_have_the_gradients_of_the_plain_head(
+    frozen: str | None, tokens: int, shape: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loss_head._CHUNK_BYTES, "cpu", 4 * VOCABULARY * tokens)
+    hidden, weight, labels = (part.double() if part.is_floating_point() else part for part in inputs())
+    hidden, weight = (
+        part.detach().requires_grad_(name != frozen) for name, part in (("hidden", hidden), ("weight", weight))
+    )
+    trained = [part for part in (hidden, weight) if part.requires_grad]
+    weights = torch.randn(TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = hidden @ weight.t()
+    expected = cross_entropy(logits if shape is None else shape(logits), labels, ignore_index=IGNORED, reduction="none")
+    wanted = torch.autograd.grad((expected * weights).sum(), trained)
+    losses = weighed_losses(hidden, weight, labels, ignored=IGNORED, shape=shape)
+    got = torch.autograd.grad((losses * weights).sum(), trained)
+    assert torch.allclose(losses, expected, rtol=1e-12, atol=1e-12)
+    for part, other in zip(got, wanted, strict=True):
+        assert torch.allclose(part, other, rtol=1e-12, atol=1e-12)
+
+
+def test_no_token_at_all_gives_gradients_of_nothing() -> None:
+    hidden, weight, labels = inputs()
+    weighed_losses(hidden[:0], weight, labels[:0], ignored=IGNORED).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.count_nonzero() == 0
+
+
+def test_weighed_tokens_of_half_precision_keep_their_type() -> None:
+    hidden, weight, labels = inputs(torch.bfloat16)
+    weights = torch.linspace(-1, 1, TOKENS)
+    (weighed_losses(hidden, weight, labels, ignored=IGNORED) * weights).sum().backward()
+    whole, matrix = (part.detach().float().requires_grad_() for part in (hidden, weight))
+    (plain(whole, matrix, labels, None) * weights).sum().backward()
+    for got, want in ((hidden.grad, whole.grad), (weight.grad, matrix.grad)):
+        assert got is not None
+        assert want is not None
+        assert got.dtype == torch.bfloat16
+        assert torch.allclose(got.float(), want, rtol=2e-2, atol=2e-2)
 
 
 def test_rows_without_weight_are_left_out_by_their_labels() -> None:
