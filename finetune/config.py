@@ -7,7 +7,17 @@ from typing import Annotated
 from pydantic import Field
 
 from trainworks.schema import Pretrained, RunConfig
-from trainworks.tasks import SFT, CausalLM, MaskedLM, Seq2Seq, SequenceClassification, SequenceRegression, Task
+from trainworks.tasks import (
+    SFT,
+    CausalLM,
+    MaskedLM,
+    Preference,
+    Reward,
+    Seq2Seq,
+    SequenceClassification,
+    SequenceRegression,
+    Task,
+)
 
 __all__ = ["Config"]
 
@@ -16,7 +26,15 @@ class Config(RunConfig[Task]):
     """A fine-tuning run: a pretrained model, taught a task."""
 
     task: Annotated[
-        SFT | SequenceClassification | SequenceRegression | Seq2Seq | CausalLM | MaskedLM, Field(discriminator="type")
+        SFT
+        | SequenceClassification
+        | SequenceRegression
+        | Seq2Seq
+        | Preference
+        | Reward
+        | CausalLM
+        | MaskedLM,
+        Field(discriminator="type"),
     ]
     """What is learned: `{type: sft, ...}`, `{type: sequence-classification, ...}`, and so on."""
     model: Pretrained

@@ -25,6 +25,11 @@ def sentence(rng: random.Random, longest: int = 12) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(2, longest)))
 
 
+def pair(rng: random.Random) -> dict[str, Any]:
+    """Return a prompt with two answers."""
+    return {"prompt": sentence(rng, 6), "chosen": sentence(rng, 16), "rejected": f"{sentence(rng, 16)} not"}
+
+
 def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
     """Return ragged rows for a task."""
     rng = random.Random(seed)
@@ -35,6 +40,8 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
         "sft": lambda: {"prompt": sentence(rng, 6), "completion": sentence(rng, 16)},
         "sequence-classification": lambda: {"text": sentence(rng, 16), "label": rng.choice(["bad", "good", "so-so"])},
         "sequence-regression": lambda: {"text": sentence(rng, 16), "score": rng.uniform(-1, 1)},
+        "preference": lambda: pair(rng),
+        "reward": lambda: pair(rng),
     }[task]
     return [make() for _ in range(number)]
 
@@ -46,6 +53,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {"max_length": 128},
     "sequence-classification": {"max_length": 64},
     "sequence-regression": {"max_length": 64},
+    "preference": {"max_length": 128},
+    "reward": {"max_length": 128},
 }
 """Each task's options on these rows; a new task is tested once it has a line here."""
 
@@ -69,7 +78,8 @@ def save_model(folder: Path, task: str, *, dropout: float = 0.0, tied: bool = Fa
     architecture, own_sizes = sizes.get(task, ("llama", SIZES | llama))
     made = FromScratch(architecture=architecture, sizes=own_sizes, tokenizer="unused")
     own = tokenizer_for(task)
-    model = initialise(made, ENCODERS.get(task, TASKS[task].auto_class), own, seed=1)
+    auto_class = "AutoModel" if task == "reward" else ENCODERS.get(task, TASKS[task].auto_class)
+    model = initialise(made, auto_class, own, seed=1)  # the run's own class head is drawn anew
     if task == "seq2seq":
         model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = own.pad_token_id
     model.save_pretrained(folder)

@@ -40,12 +40,30 @@ if TYPE_CHECKING:
         Quantise,
         Speed,
     )
-    from trainworks.tasks import SFT, CausalLM, MaskedLM, Seq2Seq, SequenceClassification, SequenceRegression
+    from trainworks.tasks import (
+        DPO,
+        IPO,
+        KTO,
+        ORPO,
+        SFT,
+        CausalLM,
+        MaskedLM,
+        Preference,
+        Reward,
+        Seq2Seq,
+        SequenceClassification,
+        SequenceRegression,
+        SimPO,
+    )
     from trainworks.training import fit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
+    "IPO",
+    "KTO",
+    "ORPO",
     "SFT",
     "Average",
     "Batch",
@@ -70,14 +88,17 @@ __all__ = [
     "Optim",
     "Part",
     "Peft",
+    "Preference",
     "Pretrained",
     "Preview",
     "Quantise",
+    "Reward",
     "Run",
     "RunRecord",
     "Seq2Seq",
     "SequenceClassification",
     "SequenceRegression",
+    "SimPO",
     "Speed",
     "ToolkitError",
     "TrainStep",
@@ -111,13 +132,27 @@ _SCHEMA = (
     "Speed",
 )
 
+_TASKS = (
+    "DPO",
+    "IPO",
+    "KTO",
+    "ORPO",
+    "SFT",
+    "CausalLM",
+    "MaskedLM",
+    "Preference",
+    "Reward",
+    "Seq2Seq",
+    "SequenceClassification",
+    "SequenceRegression",
+    "SimPO",
+)
+
 __getattr__ = exports(
     __name__,
     **dict.fromkeys(_SCHEMA, "trainworks.schema"),
     **dict.fromkeys(("Data", "Limit", "Mixture", "Part"), "trainworks.reading"),
-    **dict.fromkeys(
-        ("SFT", "CausalLM", "MaskedLM", "Seq2Seq", "SequenceClassification", "SequenceRegression"), "trainworks.tasks"
-    ),
+    **dict.fromkeys(_TASKS, "trainworks.tasks"),
     **dict.fromkeys(("EvalReport", "RunRecord", "read_record"), "trainworks.record"),
     **dict.fromkeys(("TrainStep", "train_steps"), "trainworks.loop"),
     Preview="trainworks.preview",

@@ -58,7 +58,8 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
             number = run.progress.step + 1
             counts = run.world.total(_by_source(run, window.batches, [run.task.count(each) for each in window.batches]))
             whole = {name: count.sum().clamp(min=_NOTHING) for name, count in counts.items()}
-            done = run.passes.backward(window.batches, whole)
+            shared = run.coupled(window.batches)
+            done = run.passes.backward([batch | shared for batch in window.batches], whole)
             sums = run.world.total(_by_source(run, window.batches, done))
             total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()
             apart = torch.stack([sums[name] / count for name, count in counts.items()]).sum(0)

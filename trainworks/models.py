@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ __all__ = [
     "check",
     "dequantised",
     "fingerprint",
+    "head_fingerprint",
     "initialise",
     "load",
     "load_processor",
@@ -376,7 +377,17 @@ def _drawn(settings: FromScratch, model: PreTrainedModel, seed: int) -> str:
     )
 
 
+def head_fingerprint(model: PreTrainedModel) -> str:
+    """Return a SHA-256 of the weights of a model's vocabulary head, which `fingerprint` leaves out."""
+    head: Any = model.get_output_embeddings()
+    return _hashed(head.state_dict())
+
+
 def _contents(settings: Pretrained, model: PreTrainedModel, seed: int) -> str:
+    return _hashed(backbone(model).state_dict())
+
+
+def _hashed(weights: Mapping[str, Tensor]) -> str:
     import hashlib
     from concurrent.futures import ThreadPoolExecutor
 
@@ -388,7 +399,7 @@ def _contents(settings: Pretrained, model: PreTrainedModel, seed: int) -> str:
         return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content).hexdigest()}"
 
     with ThreadPoolExecutor() as threads:  # hashlib lets other threads run meanwhile
-        return digest(*threads.map(hashed, sorted(backbone(model).state_dict().items())))
+        return digest(*threads.map(hashed, sorted(weights.items())))
 
 
 _FINGERPRINTS: dict[type, Callable[[Any, PreTrainedModel, int], str]] = {Pretrained: _contents, FromScratch: _drawn}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainworks import models, optim, tuning
+from trainworks.annotation import annotate
 from trainworks.averages import Averages
 from trainworks.bad_steps import Watch
 from trainworks.config import resolved
@@ -114,6 +115,7 @@ def assemble(
         context.verify(model, world.context)
         context.spread(model, world.context)
     origin = models.fingerprint(config.model, model, seed=config.seed)
+    weights = digest(origin, models.head_fingerprint(model)) if task.annotates else origin
     new = models.new_ids(config.model, processor)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class, new_tokens=new)
     facts = _model_facts(config, model, origin)
@@ -172,6 +174,7 @@ def assemble(
         run.averages = Averages(config.optim.average.decay)
         run.averages.follow(run.optimizer)
     world.follow(lambda: run.progress.step)
+    annotate(run, weights)
     return run
 
 

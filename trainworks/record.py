@@ -85,6 +85,8 @@ class EvalReport(_Fact):
     is_baseline: bool
     """True for what the final model is compared with."""
     num_examples: int
+    num_clusters: int | None = None
+    """Of how many clusters the examples are that intervals were drawn by, such as questions; None where by examples."""
     metrics: dict[str, Estimate]
     """By metric name; `loss` (nats per counted unit) is there for every model, not for every baseline."""
     slices: dict[str, dict[str, Estimate]] = {}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from trainworks.averages import Averages
 from trainworks.bad_steps import Watch
@@ -53,8 +54,9 @@ class Step(nn.Module):
         self.processor = processor
         self.rounded = rounded
 
-    def forward(self, given: Any, *, ask: Literal["loss", "predict", "show"] = "loss") -> Any:
-        """Return the loss sums of a batch, or its predictions, or worked examples of some rows."""
+    def forward(self, given: Any, *, ask: Literal["loss", "predict", "show", "annotate", "couple"] = "loss") -> Any:
+        """Return the loss sums of a batch, or its predictions, or worked examples of some rows, or what the task wants
+        to know beforehand of each row, or of all rows of a step."""
         with nullcontext() if self.rounded is None else self.rounded.used():
             if ask == "loss":
                 return self.task.loss(self.model, given)
@@ -196,6 +198,18 @@ class Run:
         average = self.config.optim.average
         wanted = average is not None and use in average.use
         return self.averages.used() if wanted and self.averages is not None else nullcontext()
+
+    def coupled(self, batches: Iterable[Batch]) -> Batch:
+        """Return what the rows of these batches share, summed over all of them and all ranks, for a task whose loss
+        couples rows; nothing for any other. It belongs into each of the batches. All ranks."""
+        if not self.task.couples:
+            return {}
+        totals: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for batch in batches:
+                for name, values in self.step(batch, ask="couple").items():
+                    totals[name] = totals.get(name, 0) + (values * batch["weight"]).sum()[None]
+        return self.world.total(totals)
 
     def note(self, **facts: Any) -> None:
         """Replace fields of the record; `save_record` writes it."""

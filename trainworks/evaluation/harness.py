@@ -30,6 +30,7 @@ __all__ = [
     "measured",
     "metrics_of",
     "read_statistics",
+    "undisturbed",
 ]
 
 
@@ -40,7 +41,7 @@ def evaluate(run: Run, name: str | None = None, *, is_baseline: bool = False) ->
     """
     rows = _held_out(run)
     begun = time.perf_counter()
-    with _undisturbed(run), run.averaged("evaluate"):
+    with undisturbed(run), run.averaged("evaluate"):
         statistics = _measure(run)
         samples = run.step(rows, ask="show")
     report = EvalReport(
@@ -49,7 +50,11 @@ def evaluate(run: Run, name: str | None = None, *, is_baseline: bool = False) ->
         step=run.progress.step,
         is_baseline=is_baseline,
         num_examples=len(rows),
-        metrics={key: estimate(metric, statistics[key][1]) for key, metric in metrics_of(run).items()},
+        num_clusters=_num_clusters(run),
+        metrics={
+            key: estimate(metric, statistics[key][1], clusters=_clusters(run, statistics[key][0]))
+            for key, metric in metrics_of(run).items()
+        },
         slices=_slices(run, statistics),
         samples=samples,
         seconds=time.perf_counter() - begun,
@@ -70,8 +75,20 @@ def _slices(run: Run, statistics: Statistics) -> dict[str, dict[str, Estimate]]:
             own = source_of[statistics[key][0]] == number
             with suppress(EvaluationError):  # a metric may want more rows than one source has; the whole is measured
                 if own.any():
-                    sliced[name][key] = estimate(metric, statistics[key][1][own])
+                    numbers, values = (part[own] for part in statistics[key])
+                    sliced[name][key] = estimate(metric, values, clusters=_clusters(run, numbers))
     return sliced
+
+
+def _clusters(run: Run, numbers: Any) -> Any:
+    """Return the clusters of some held-out rows, or None where their task tells of none."""
+    rows = _held_out(run)
+    return np.asarray(rows.with_format("numpy")["cluster"][:])[numbers] if "cluster" in rows.column_names else None
+
+
+def _num_clusters(run: Run) -> int | None:
+    clusters = _clusters(run, slice(None))
+    return None if clusters is None else len(np.unique(clusters))
 
 
 def evaluate_baselines(run: Run) -> list[EvalReport]:
@@ -92,7 +109,11 @@ def evaluate_baselines(run: Run) -> list[EvalReport]:
             step=0,
             is_baseline=True,
             num_examples=len(rows),
-            metrics={key: estimate(metrics[key], values) for key, (_, values) in statistics.items()},
+            num_clusters=_num_clusters(run),
+            metrics={
+                key: estimate(metrics[key], values, clusters=_clusters(run, numbers))
+                for key, (numbers, values) in statistics.items()
+            },
         )
         _keep(run, report, statistics)
         reports.append(report)
@@ -106,10 +127,14 @@ def compare_with_baselines(run: Run) -> tuple[Comparison, ...]:
         return ()
     metrics, candidate = metrics_of(run), run.statistics[final.name]
     return tuple(
-        Comparison(metric=key, baseline=report.name, difference=compare(metrics[key], candidate[key][1], values))
+        Comparison(
+            metric=key,
+            baseline=report.name,
+            difference=compare(metrics[key], candidate[key][1], values, clusters=_clusters(run, numbers)),
+        )
         for report in run.record.reports
         if report.is_baseline and report.name in run.statistics
-        for key, (_, values) in run.statistics[report.name].items()
+        for key, (numbers, values) in run.statistics[report.name].items()
     )
 
 
@@ -149,7 +174,7 @@ def metrics_of(run: Run) -> dict[str, Metric]:
 
 
 @contextmanager
-def _undisturbed(run: Run) -> Iterator[None]:
+def undisturbed(run: Run) -> Iterator[None]:
     """Evaluate inside without a trace: no gradients, evaluation mode, and every random state put back."""
     python, training = random.getstate(), run.step.training
     numpy_state = np.random.get_state()  # noqa: NPY002, what libraries draw from
@@ -175,7 +200,10 @@ def _measure(run: Run) -> Statistics:
     """Return every metric's statistics over all ranks, in the order of the examples."""
     losses: dict[int, tuple[float, float]] = {}
     predictions: dict[int, Prediction] = {}
-    for batch in run.evaluation_batches(_held_out(run)):
+    rows = _held_out(run)
+    shared = run.coupled(run.evaluation_batches(rows))
+    for batch in run.evaluation_batches(rows):
+        batch |= shared
         sums, counts = run.passes.losses(batch), run.task.count(batch)
         said = run.step(batch, ask="predict")
         for index, weight, total, count in zip(

@@ -5,6 +5,7 @@ from trainworks.metrics.classification import Accuracy, BinaryF1, MacroF1, Multi
 from trainworks.metrics.correlation import Correlation
 from trainworks.metrics.generation import CorpusScore, Rouge
 from trainworks.metrics.hugging_face import HuggingFaceMetric
+from trainworks.metrics.preference import Mean, PreferenceAccuracy, RewardGap
 from trainworks.metrics.ratio import Ratio
 
 __all__ = [
@@ -14,10 +15,13 @@ __all__ = [
     "Correlation",
     "HuggingFaceMetric",
     "MacroF1",
+    "Mean",
     "Metric",
     "MultiLabelF1",
     "Prediction",
+    "PreferenceAccuracy",
     "Ratio",
+    "RewardGap",
     "Rouge",
     "Statistics",
 ]

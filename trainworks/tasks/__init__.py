@@ -5,27 +5,39 @@ from __future__ import annotations
 from trainworks.tasks.base import Baseline, Processor, Task
 from trainworks.tasks.causal_lm import CausalLM
 from trainworks.tasks.masked_lm import MaskedLM
+from trainworks.tasks.objectives import DPO, IPO, KTO, ORPO, SimPO
+from trainworks.tasks.preference import Preference
+from trainworks.tasks.reward import Reward
 from trainworks.tasks.seq2seq import Seq2Seq
 from trainworks.tasks.sequence_classification import SequenceClassification
 from trainworks.tasks.sequence_regression import SequenceRegression
 from trainworks.tasks.sft import SFT
 
 __all__ = [
+    "DPO",
+    "IPO",
+    "KTO",
+    "ORPO",
     "SFT",
     "TASKS",
     "Baseline",
     "CausalLM",
     "MaskedLM",
+    "Preference",
     "Processor",
+    "Reward",
     "Seq2Seq",
     "SequenceClassification",
     "SequenceRegression",
+    "SimPO",
     "Task",
 ]
 
 TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "masked-lm": MaskedLM,
+    "preference": Preference,
+    "reward": Reward,
     "sft": SFT,
     "seq2seq": Seq2Seq,
     "sequence-classification": SequenceClassification,

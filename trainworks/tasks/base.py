@@ -149,6 +149,25 @@ class Task(Settings, ABC):
         """Return a digest of all of the processor that decides what `prepare` makes."""
         return tokenizer_digest(processor)
 
+    @property
+    def annotates(self) -> bool:
+        """Whether rows are told, once, what the model says of them before it is trained."""
+        return False
+
+    def annotate(self, model: PreTrainedModel, batch: Batch, processor: Processor) -> dict[str, Tensor]:
+        """Return, of the model before training, columns to be added to the batch's rows, each [rows, any]."""
+        raise NotImplementedError(f"{type(self).__name__} annotates no rows")
+
+    @property
+    def couples(self) -> bool:
+        """Whether a row's loss depends on the other rows of its optimizer step, through sums over all of them."""
+        return False
+
+    def couple(self, model: PreTrainedModel, batch: Batch, processor: Processor) -> dict[str, Tensor]:
+        """Return the numbers of each row, [rows], whose sums over the whole step every batch of it is then given, each
+        [1], under the same names. No gradient flows through them."""
+        raise NotImplementedError(f"{type(self).__name__} couples no rows")
+
     @abstractmethod
     def collate(self, rows: Sequence[Row], processor: Processor, *, train: bool) -> Batch:
         """Stack prepared rows; each row's `seed` is the only source of chance allowed here."""

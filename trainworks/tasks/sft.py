@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
@@ -19,9 +18,10 @@ from trainworks.data.retrieval import COLUMNS, Retrieval, asked, document_flaws
 from trainworks.data.sequences import encoded, fitted, learns
 from trainworks.data.templates import Agreement, Conversation, agreement, answer_ends
 from trainworks.data.text import IGNORED
-from trainworks.errors import ConfigError, DataError
+from trainworks.errors import DataError
 from trainworks.metrics import Accuracy, Metric, Prediction
 from trainworks.tasks.base import Processor
+from trainworks.tasks.chat import check_template, put_template
 from trainworks.tasks.language import LanguageTask
 
 if TYPE_CHECKING:
@@ -101,26 +101,8 @@ class SFT(LanguageTask):
 
     def equip(self, processor: Processor) -> Processor:
         """Put the template in place; ConfigError when there is none, or when it cannot be trained with."""
-        processor = super().equip(processor)
-        if self.template is not None:
-            processor.chat_template = self._read_template(self.template)
-        if not self._through_template():
-            return processor
-        if processor.chat_template is None:
-            raise ConfigError(
-                f"the tokenizer of {processor.name_or_path} has no chat template; name a .jinja file in task.template"
-            )
-        try:
-            answer_ends(processor)
-        except DataError as error:
-            raise ConfigError(f"the chat template, tried on one question and its answer: {error}") from error
-        return processor
-
-    def _read_template(self, name: str) -> str:
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"task.template: {name}: cannot be read: {error.strerror}") from error
+        processor = put_template(super().equip(processor), self.template)
+        return check_template(processor) if self._through_template() else processor
 
     def ends(self, processor: Processor) -> tuple[int, ...]:
         """Return the end token, and the token the template closes a turn with."""
