@@ -23,11 +23,19 @@ def train(
     epochs: float = 1.3,
     optim: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, or save and end after some steps; return the curve and a digest of the weights."""
     place = Path(folder)
     config = tiny.config(
-        task, place / "model", place / "rows.jsonl", Path(output), tuning=tuning, micro=micro, epochs=epochs
+        task,
+        place / "model",
+        place / "rows.jsonl",
+        Path(output),
+        tuning=tuning,
+        micro=micro,
+        epochs=epochs,
+        options=options,
     )
     changes: dict[str, Any] = {"optim": config.optim if optim is None else Optim(**optim)}
     changes["model"] = config.model.model_copy(update=model)

@@ -115,12 +115,13 @@ def config(
     tuning: str = "full",
     micro: int = 8,
     epochs: float = 1.3,
+    options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> finetune.Config:
-    """Return a fine-tuning run of a tiny model: 8 samples a step, the last step short."""
+    """Return a fine-tuning run of a tiny model: 8 samples a step, the last step short; `options` are the task's."""
     settings: dict[str, Any] = {
         "output": str(output),
-        "task": TASKS[task](**OPTIONS[task]),
+        "task": TASKS[task](**(OPTIONS[task] | (options or {}))),
         "model": Pretrained(str(model)),
         "tuning": {"full": Full(), "lora": LoRA(rank=4, dropout=0.0)}[tuning],
         "data": data if isinstance(data, Data | Mixture) else Data(source=str(data), holdout=0.2),

@@ -62,7 +62,8 @@ def weighed_losses(
 
     What each is weighed by is known in the backward pass only, which makes every chunk's logits a second time.
     """
-    apply = _WeighedLosses.apply if weight.requires_grad or (bias is not None and bias.requires_grad) else _HeadLosses.apply
+    trains = any(each is not None and each.requires_grad for each in (weight, bias))
+    apply = _WeighedLosses.apply if trains else _HeadLosses.apply
     losses: Tensor = apply(hidden, weight, bias, labels, ignored, shape)  # type: ignore[no-untyped-call]
     return losses
 

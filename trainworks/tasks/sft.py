@@ -18,7 +18,6 @@ from trainworks.data.retrieval import COLUMNS, Retrieval, asked, document_flaws
 from trainworks.data.sequences import encoded, fitted, learns
 from trainworks.data.templates import Agreement, Conversation, agreement, answer_ends
 from trainworks.data.text import IGNORED
-from trainworks.errors import DataError
 from trainworks.metrics import Accuracy, Metric, Prediction
 from trainworks.tasks.base import Processor
 from trainworks.tasks.chat import check_template, put_template
