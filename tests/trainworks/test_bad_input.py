@@ -12,7 +12,7 @@ import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
-from trainworks import Data
+from trainworks import Data, Preference
 from trainworks.errors import ToolkitError
 from trainworks.samples import read_rows
 
@@ -33,6 +33,9 @@ RULE = {"role": "system", "content": "be brief"}
 TALK = {"messages": [ASK, SAY]}
 PAIR = {"prompt": "a", "completion": "b"}
 WRITTEN = {"source": "a cat", "target": "a dog"}
+DUEL = {"prompt": "a", "chosen": "b", "rejected": "c"}
+TALKS = {"chosen": [ASK, SAY], "rejected": [ASK, SAY | {"content": "a bird"}]}
+SINGLE = {"prompt": "a", "completion": "b", "label": True}
 PLACE = "rows.jsonl:4: row 3 (from 0)"
 
 FIXTURES = {
@@ -77,6 +80,29 @@ FIXTURES = {
         "sft", {"messages": [ASK, SAY | {"content": None}]}, (PLACE, "content is not text, turn 1"), TALK
     ),
     "content of parts": Fixture("sft", {"messages": [ASK, SAY | {"content": ["a"]}]}, (PLACE, "mixed types"), TALK),
+    "null rejected": Fixture("preference", DUEL | {"rejected": None}, (PLACE, "column 'rejected': null text"), DUEL),
+    "same answers": Fixture(
+        "preference", DUEL | {"rejected": "b"}, (PLACE, "column 'chosen': same answers", "say the same"), DUEL
+    ),
+    "empty rejected": Fixture(
+        "reward", DUEL | {"rejected": " "}, (PLACE, "empty answer, column 'rejected' says nothing"), DUEL
+    ),
+    "no shared prompt": Fixture(
+        "preference",
+        TALKS | {"rejected": [ASK | {"content": "another?"}, SAY]},
+        (PLACE, "prompt is not shared", "begin with different messages"),
+        TALKS,
+    ),
+    "no answer to the prompt": Fixture(
+        "reward", TALKS | {"rejected": [ASK, ASK]}, (PLACE, "prompt is not shared", "role 'user'"), TALKS
+    ),
+    "no chosen at all": Fixture("reward", TALKS | {"chosen": [ASK]}, (PLACE, "empty answer, column 'chosen'"), TALKS),
+    "robot in a pair": Fixture(
+        "preference", TALKS | {"chosen": [ASK, SAY | {"role": "robot"}]}, (PLACE, "unknown role", "'robot'"), TALKS
+    ),
+    "long pair": Fixture(
+        "preference", DUEL | {"prompt": "a dog " * 200}, (PLACE, "too long", "task.too_long: truncate or drop"), DUEL
+    ),
     "text for messages": Fixture("sft", {"messages": "a cat?"}, (PLACE, "column 'messages': type changes"), TALK),
 }
 
@@ -124,6 +150,45 @@ def test_a_column_that_is_missing_is_named_with_those_there_are(tmp_path: Path) 
     row = {"sentence": "a", "label": "b"}
     with pytest.raises(ToolkitError, match=r"no column 'text'.*data.columns: \{text: sentence\}"):
         read_rows(run(Fixture("sequence-classification", row, (), row), tmp_path, "skip"))
+
+
+def cut(length: int, row: dict[str, Any], folder: Path, policy: str = "error") -> finetune.Config:
+    config = run(Fixture("preference", row, (), DUEL), folder, policy)
+    return config.model_copy(update={"task": Preference(max_length=length, too_long="truncate")})
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_or_left_out(tmp_path: Path) -> None:
+    long = DUEL | {"prompt": "a dog " * 200}
+    with pytest.raises(
+        ToolkitError, match=r"row 3 \(from 0\), column 'chosen': prompt too long, no token of an answer"
+    ):
+        finetune.prepare(cut(64, long, tmp_path))
+    (split,) = finetune.prepare(cut(64, long, tmp_path, "skip")).record.data.splits
+    assert (split.samples, split.dropped["prompt too long"]) == (11, 1)
+
+
+def test_answers_that_are_cut_to_the_same_tokens_are_refused(tmp_path: Path) -> None:
+    row = DUEL | {"chosen": "a dog " * 50 + "yes", "rejected": "a dog " * 50 + "no"}
+    with pytest.raises(ToolkitError, match=r"row 3 .*same answers, chosen and rejected are the same 64 tokens"):
+        finetune.prepare(cut(64, row, tmp_path))
+
+
+def test_labels_of_answers_are_true_or_false(tmp_path: Path) -> None:
+    fixture = Fixture("preference", SINGLE | {"label": 2}, (), SINGLE | {"label": 1})
+    config = run(fixture, tmp_path)
+    config = config.model_copy(update={"task": Preference(max_length=64, objective={"type": "kto"})})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(path.read_text().replace('"bad"', "0"))
+    with pytest.raises(ToolkitError, match=r"row 3 .*unknown label, label 2; .*true \(wanted\) or false"):
+        finetune.prepare(config)
+
+
+def test_columns_that_hold_no_pair_are_named(tmp_path: Path) -> None:
+    row = {"question": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(ToolkitError, match=r"column 'chosen' holds string; the task reads messages"):
+        read_rows(run(Fixture("preference", row, (), row), tmp_path))
+    with pytest.raises(ToolkitError, match=r"no known shape.*pairs: prompt, chosen, rejected;"):
+        read_rows(run(Fixture("reward", PAIR, (), PAIR), tmp_path))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused_and_one_without_padding_is_not(tmp_path: Path) -> None:

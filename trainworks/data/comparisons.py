@@ -27,9 +27,10 @@ from trainworks.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["SHAPES", "Compared", "compared", "flaws", "recognised"]
+__all__ = ["SHAPES", "Compared", "Shape", "compared", "flaws", "recognised"]
 
 CHOSEN, REJECTED = "chosen", "rejected"
+_ASKING = ("system", "developer", "user", "tool")
 _LABELS = (True, False, 0, 1)
 
 
@@ -157,7 +158,7 @@ def _check_answer(read: Read, column: str) -> None:
         detail = f"{CHOSEN} and {REJECTED} begin with different messages"
         raise FlawError("prompt is not shared", detail, "both must begin with the same prompt, or name it in `prompt`")
     after = read.messages[read.given :]
-    if after and isinstance(after[0], dict) and after[0].get("role") not in ("assistant", None):
+    if after and isinstance(after[0], dict) and after[0].get("role") in _ASKING:
         detail = f"column '{column}' goes on with role {after[0]['role']!r:.80} where the assistant should answer"
         raise FlawError("prompt is not shared", detail, "both answers must follow the same prompt")
 

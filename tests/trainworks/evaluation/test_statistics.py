@@ -11,7 +11,7 @@ import pytest
 
 from trainworks.errors import EvaluationError
 from trainworks.evaluation.statistics import compare, estimate, merge
-from trainworks.metrics import Accuracy, BinaryF1, MacroF1, Ratio
+from trainworks.metrics import Accuracy, BinaryF1, MacroF1, Mean, Ratio
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -54,6 +54,44 @@ def test_below_two_examples_there_is_no_interval() -> None:
         assert found.value == pytest.approx(value, nan_ok=True)
         assert math.isnan(found.low)
         assert math.isnan(found.high)
+
+
+def test_the_interval_by_clusters_covers_the_truth_where_one_by_examples_does_not() -> None:
+    rng = np.random.default_rng(3)
+    draws, by_cluster, by_example = 100, 0, 0
+    clusters = np.repeat(np.arange(40), 10)
+    for draw in range(draws):
+        values = np.repeat(rng.normal(size=40), 10) + rng.normal(scale=0.3, size=400)
+        statistics = values[:, None]
+        together = estimate(Mean("margin"), statistics, clusters=clusters, resamples=200, seed=draw)
+        apart = estimate(Mean("margin"), statistics, resamples=200, seed=draw)
+        by_cluster += together.low <= 0 <= together.high
+        by_example += apart.low <= 0 <= apart.high
+    assert 0.88 <= by_cluster / draws <= 0.99
+    assert by_example / draws < 0.7
+
+
+def test_clusters_of_one_example_each_give_the_interval_by_examples() -> None:
+    statistics = np.random.default_rng(0).random((50, 1))
+    plain = estimate(Mean("margin"), statistics, seed=5)
+    assert estimate(Mean("margin"), statistics, clusters=np.arange(50), seed=5) == plain
+    assert estimate(Mean("margin"), statistics, clusters=np.arange(50) * 7, seed=5) == plain
+
+
+def test_a_difference_is_drawn_by_clusters_too() -> None:
+    rng = np.random.default_rng(4)
+    before, gain = rng.normal(size=(300, 1)), np.repeat(rng.normal(size=30), 10)[:, None]
+    clusters = np.repeat(np.arange(30), 10)
+    together = compare(Mean("margin"), before + gain, before, clusters=clusters)
+    apart = compare(Mean("margin"), before + gain, before)
+    assert together.value == apart.value == pytest.approx(gain.mean())
+    assert together.high - together.low > 2 * (apart.high - apart.low)
+
+
+def test_one_cluster_has_no_interval() -> None:
+    found = estimate(Accuracy(), np.ones((20, 1)), clusters=np.zeros(20, dtype=np.int64))
+    assert math.isnan(found.low)
+    assert (found.value, found.n) == (1.0, 20)
 
 
 def test_resamples_where_the_metric_is_undefined_are_left_out() -> None:
