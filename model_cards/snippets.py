@@ -72,13 +72,15 @@ _ADAPTERS = {
     **dict.fromkeys(_WHOLE, _ADAPTER_TEXT_TO_TEXT),
 }
 _EXAMPLES = {"text-generation": "Once upon a time", "text-classification": "A fine film."}
+_CHATS = ("sft", "preference")
+"""Tasks whose models answer through a chat template."""
 _QUESTION = "What can you tell me about yourself?"
 _LONGEST_EXAMPLE = 200
 
 
 def usage(record: RunRecord) -> str:
     """Return the section; adapters of tasks without a snippet of their own have none."""
-    chat, adapter = record.task == "sft", is_adapter(record)
+    chat, adapter = record.task in _CHATS, is_adapter(record)
     tag = record.pipeline_tag
     plain = _ADAPTERS.get(tag) if adapter else _WHOLE.get(tag, _PIPELINE)
     template = (_ADAPTER_CHAT if adapter else _CHAT) if chat else plain
@@ -112,7 +114,7 @@ def _labels(record: RunRecord) -> list[str]:
 
 
 def _example(record: RunRecord) -> str:
-    if record.task == "sft":  # its recorded prompts hold the chat template's words already
+    if record.task in _CHATS:  # its recorded prompts hold the chat template's words already
         return _QUESTION
     final = record.final
     prompts = [sample.prompt for sample in final.samples] if final else []

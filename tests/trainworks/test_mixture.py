@@ -168,10 +168,10 @@ def test_a_metric_that_wants_more_rows_than_a_source_has_is_left_out_of_its_slic
 ) -> None:
     estimate = harness.estimate
 
-    def demanding(metric: Any, statistics: Any) -> Any:
+    def demanding(metric: Any, statistics: Any, **options: Any) -> Any:
         if len(statistics) < 10:
             raise EvaluationError(f"{metric.name} wants ten rows")
-        return estimate(metric, statistics)
+        return estimate(metric, statistics, **options)
 
     monkeypatch.setattr(harness, "estimate", demanding)
     report = harness.evaluate(prepared(tmp_path))
