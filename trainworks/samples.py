@@ -105,11 +105,8 @@ def _check_alike(sources: Sequence[Source]) -> None:
     """See that the sources ask for one and the same model."""
     first, *others = sources
     for other in others:
-        if other.task.shared() != first.task.shared():
-            raise ConfigError(
-                f"data.sources: {first.name} and {other.name} have different classes, or classes of different weight; "
-                "name them all in task.labels, and their weights in task.class_weights"
-            )
+        if reason := first.task.unlike(other.task):
+            raise ConfigError(f"data.sources: {first.name} and {other.name} {reason}")
 
 
 def _check_metrics(config: Config, sources: Sequence[Source]) -> None:

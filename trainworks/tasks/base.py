@@ -106,6 +106,16 @@ class Task(Settings, ABC):
         """Return what must be alike for all sources of a mixture."""
         return self.head()
 
+    def unlike(self, other: Self) -> str:
+        """Return why rows of another source, for which `other` is this task, cannot be in a batch with its own, to
+        follow both sources' names; empty where they can."""
+        if other.shared() == self.shared():
+            return ""
+        return (
+            "have different classes, or classes of different weight; name them all in task.labels, and their weights "
+            "in task.class_weights"
+        )
+
     def notes(self, data: DataFacts) -> tuple[str, ...]:
         """Return what a reader of log and card must know of the data it learns from."""
         return ()

@@ -57,6 +57,10 @@ class Preference(Comparison, LanguageTask):
             )
         return task
 
+    def unlike(self, other: Self) -> str:
+        """Return that one source has pairs and the other single answers."""
+        return "" if other.is_paired == self.is_paired else "hold pairs and single answers; give all of them one shape"
+
     def stated(self) -> str:
         """Return how rows are read and what is learned of them, for the log."""
         return f"{super().stated()}, objective {self.objective.type}"

@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from distributed import Mode, run_ranks
+from distributed import run_ranks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import finetune
-from trainworks import Budget, Data, Optim, Preference, Reward, Run, evaluate, export, train_steps
+from trainworks import Budget, Data, Mixture, Optim, Part, Preference, Reward, Run, evaluate, export, train_steps
 from trainworks.errors import ConfigError, DataError
 from trainworks.run import Step
 
@@ -113,6 +113,7 @@ def test_other_weights_have_another_reference(folder: Path, monkeypatch: pytest.
     assert after.train["reference"][:] != before.train["reference"][:]
 
 
+@pytest.mark.slow
 def test_an_adapters_reference_is_the_model_without_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepared(folder, "full")
     monkeypatch.setenv("TRAINWORKS_CACHE", str(folder / "own"))
@@ -159,7 +160,9 @@ def test_the_model_begins_where_its_reference_is(folder: Path) -> None:
 # Objectives
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", ["kto", "orpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "simpo"))]
+)
 def test_every_objective_is_the_same_for_every_micro_batch(name: str, folder: Path) -> None:
     whole = curve(prepared(folder, "8", options=OTHERS[name]))
     assert len(whole) >= 7
@@ -184,11 +187,10 @@ def test_answers_with_labels_are_the_same_for_every_micro_batch_and_evaluation(f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_what_couples_rows_is_the_same_on_two_processes(mode: Mode, folder: Path) -> None:
+def test_what_couples_rows_is_the_same_on_two_processes(folder: Path) -> None:
     whole = curve(prepared(folder, "one", options=KTO))
     told = {"folder": str(folder), "task": "preference", "micro": 2, "output": str(folder / "two"), "options": KTO}
-    results = run_ranks(f"{RANKS}:train", told, ranks=2, mode=mode)
+    results = run_ranks(f"{RANKS}:train", told, ranks=2, mode="fsdp2")
     assert [result["ranks"] for result in results] == [2, 2]
     for expected, found in zip(whole, results[0]["steps"], strict=True):
         assert tuple(found) == pytest.approx(expected, rel=TOLERANCE)
@@ -199,6 +201,17 @@ def test_an_objective_that_compares_refuses_single_answers(folder: Path) -> None
         prepared(labelled(folder))
     with pytest.raises(DataError, match="task reward compares two answers"):
         prepared(folder, kind="reward")
+
+
+def test_sources_of_pairs_and_of_single_answers_are_not_mixed(folder: Path) -> None:
+    single = [{"prompt": "a", "completion": "b c", "label": True}] * 20
+    sources = {
+        "pairs": Part(source=Dataset.from_list(tiny.rows("preference", 20)), holdout=0.0),
+        "singles": Part(source=Dataset.from_list(single), holdout=0.0),
+    }
+    config = tiny.config("preference", folder / "model", Mixture(sources=sources), folder / "run", options=KTO)
+    with pytest.raises(ConfigError, match=r"data.sources: pairs and singles hold pairs and single answers"):
+        finetune.prepare(config)
 
 
 # Rows
@@ -270,8 +283,6 @@ LEARNERS: dict[str, tuple[type[Preference] | type[Reward], dict[str, Any]]] = {
     "dpo": (Preference, {}),
     "kto": (Preference, KTO),
     "simpo": (Preference, OTHERS["simpo"]),
-    "orpo": (Preference, OTHERS["orpo"] | {"objective": {"type": "orpo", "odds_weight": 1.0}}),
-    "ipo": (Preference, OTHERS["ipo"]),
     "reward": (Reward, {}),
 }
 
@@ -316,7 +327,7 @@ def test_a_planted_preference_is_learned(name: str, tmp_path: Path) -> None:
 # What is kept
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("tuning", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_exported_reward_model_scores_as_the_live_one(tuning: str, folder: Path) -> None:
     run = prepared(folder, kind="reward", tuning=tuning)
     next(train_steps(run))
