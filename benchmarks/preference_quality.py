@@ -62,9 +62,11 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [row | {"prompt": cut(row["prompt"])} for row in kept]
 
 
-def fold_of(row: dict[str, Any], folds: int) -> int:
-    """Return the fold of a row's question, whatever the order of the questions."""
-    return int(np.random.default_rng(row["question_id"]).integers(folds))
+def folds_of(every: list[dict[str, Any]], folds: int) -> dict[int, int]:
+    """Return the fold of each question, drawn so that all folds have as many."""
+    questions = sorted({row["question_id"] for row in every})
+    order = np.random.default_rng(0).permutation(len(questions))
+    return {question: int(place) % folds for question, place in zip(questions, order, strict=True)}
 
 
 def trained(args: argparse.Namespace, every: list[dict[str, Any]], fold: int, folder: Path) -> dict[str, Any]:
@@ -72,10 +74,10 @@ def trained(args: argparse.Namespace, every: list[dict[str, Any]], fold: int, fo
     import finetune
     from trainworks import Batch, Budget, Data, Every, Optim, Preference, Pretrained
 
-    files = {}
+    files, held = {}, folds_of(every, args.folds)
     for split, wanted in (("train", False), ("validation", True)):
         files[split] = folder / f"{split}-{fold}.jsonl"
-        part = [row for row in every if (fold_of(row, args.folds) == fold) is wanted]
+        part = [row for row in every if (held[row["question_id"]] == fold) is wanted]
         files[split].write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     config = finetune.Config(
         output=str(folder / f"fold-{fold}"),
