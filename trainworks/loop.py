@@ -50,8 +50,6 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
 
     Where `run` is put back to a checkpoint between two steps, it goes on from there.
     """
-    named, repeated = run.model.named_parameters(), run.passes.repeated
-    parameters = [weight for name, weight in named if weight.requires_grad and name not in repeated]
     run.step.train()
     while run.progress.step < run.plan.num_steps:
         for window in run.windows():
@@ -63,7 +61,7 @@ def train_steps(run: Run) -> Iterator[TrainStep]:
             sums = run.world.total(_by_source(run, window.batches, done))
             total = torch.stack([sums[name].sum() / count for name, count in whole.items()]).sum()
             apart = torch.stack([sums[name] / count for name, count in counts.items()]).sum(0)
-            norm = gradient_norm(parameters, run.world)
+            norm = gradient_norm(run.trained().values(), run.world)
             spoiled = run.world.largest(run.watch.judge(number, total, norm))
             lr = learning_rate(run.config.optim, number - 1, run.plan.num_steps)
             take_step(run.optimizer, run.config.optim, number=number, lr=lr, norm=norm, spoiled=spoiled)

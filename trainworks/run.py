@@ -124,6 +124,13 @@ class Run:
         """The transformers model itself, adapters inside it."""
         return self.tuned.model
 
+    def trained(self) -> dict[str, Tensor]:
+        """Return this rank's weights that are trained, by name; one that two ranks of a pipeline have, on one of
+        them."""
+        repeated = self.passes.repeated
+        named = self.model.named_parameters()
+        return {name: weight for name, weight in named if weight.requires_grad and name not in repeated}
+
     @property
     def passes(self) -> Passes:
         """How the step is called on micro-batches."""

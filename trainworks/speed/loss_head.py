@@ -136,7 +136,8 @@ class _WeighedLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype, ctx.ignored, ctx.shape = _computed_in(hidden), ignored, shape
         ctx.save_for_backward(hidden, weight, bias, labels)
-        states, matrix, added = (None if each is None else each.to(ctx.dtype) for each in (hidden, weight, bias))
+        states, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        added = None if bias is None else bias.to(ctx.dtype)
         losses = torch.zeros(len(labels), dtype=torch.promote_types(ctx.dtype, torch.float32), device=hidden.device)
         for part in _chunks(len(labels), len(weight), hidden.device.type):
             logits = torch.nn.functional.linear(states[part], matrix, added)
@@ -147,7 +148,8 @@ class _WeighedLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None, None]:
         hidden, weight, bias, labels = ctx.saved_tensors
-        states, matrix, added = (None if each is None else each.to(ctx.dtype) for each in (hidden, weight, bias))
+        states, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        added = None if bias is None else bias.to(ctx.dtype)
         to_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(matrix)
         to_bias = torch.zeros_like(bias, dtype=above.dtype) if ctx.needs_input_grad[2] else None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainworks.data.cache import ragged
 from trainworks.data.templates import answer_ends
@@ -45,6 +45,17 @@ class Preference(Comparison, LanguageTask):
     type: Literal["preference"] = "preference"
     objective: Annotated[DPO | IPO | SimPO | ORPO | KTO, Field(discriminator="type")] = DPO()
     """The loss, with its options: `{type: dpo, beta: 0.1}`."""
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        for name in ("expert_balance", "neftune"):
+            if getattr(self, name):
+                raise ValueError(f"{name} does nothing for preferences; leave it out")
+        return self
+
+    def whole_because(self) -> str:
+        """Return that answers are compared over a whole row."""
+        return "answers are compared with one another"
 
     def resolve(self, rows: Dataset) -> Self:
         """Return the task with its format told by the columns; DataError when they tell none, or no pairs where the
@@ -138,7 +149,7 @@ class Preference(Comparison, LanguageTask):
         """Return how many comparisons, or answers, each row is."""
         return {"loss": self.objective.counts(batch["desirable"])}
 
-    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:
         """Return each row's loss from the last states, [lines, longest, width]."""
         return {"loss": self.objective.losses(self._answers(hidden, head, batch))}
 
@@ -163,7 +174,7 @@ class Preference(Comparison, LanguageTask):
         """Return the log-probability of each row's answers, [rows, answers]."""
         from trainworks.heads import Head
 
-        logps = _log_probabilities(self._hidden(model, batch), Head(model), batch)
+        logps = _log_probabilities(self.hidden(model, batch), Head(model), batch)
         return logps.view(2 if self.is_paired else 1, -1).t()
 
     @property
@@ -180,7 +191,7 @@ class Preference(Comparison, LanguageTask):
         """Return how much more reward the chosen answer of a pair has; of a single one, its reward."""
         from trainworks.heads import Head
 
-        rewards = self.objective.rewards(self._answers(self._hidden(model, batch), Head(model), batch))
+        rewards = self.objective.rewards(self._answers(self.hidden(model, batch), Head(model), batch))
         said = rewards[0] - rewards[1] if self.is_paired else rewards[0]
         return {
             index: Prediction(prediction, wanted)
