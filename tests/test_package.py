@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import subprocess
@@ -144,7 +145,13 @@ def test_every_fsdp_key_is_an_option_of_the_launcher(file: Path) -> None:
     options = {action.dest for action in launch_command_parser()._actions}
     fsdp = yaml.safe_load(file.read_text()).get("fsdp_config", {})
     assert set(fsdp) <= options
-    assert bool(fsdp) == (file.stem == "fsdp2")
+    settings = yaml.safe_load(file.read_text())
+    assert bool(fsdp) == (settings["distributed_type"] == "FSDP")
+    sizes = settings.get("parallelism_config", {})
+    assert set(sizes) <= options
+    # accelerate takes these under FSDP alone, and their product for all its processes.
+    assert bool(fsdp) or not sizes
+    assert settings["num_processes"] % math.prod(sizes.values()) == 0
 
 
 def test_every_hardware_file_opens_with_the_command_that_uses_it() -> None:

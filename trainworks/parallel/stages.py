@@ -100,7 +100,7 @@ class _Parts:
     """What holds weights and is neither: the norm behind the layers."""
 
 
-class Elsewhere(nn.Module):
+class _Elsewhere(nn.Module):
     """Stands for a part that another stage has: passes states on, and has the settings that a backbone may ask for."""
 
     def __init__(self, part: nn.Module) -> None:
@@ -172,7 +172,7 @@ def stage_of(model: PreTrainedModel, plan: Plan, stage: int) -> PreTrainedModel:
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """Return the layers that are here of a model that was cut."""
-    return [layer for layer in _layers(model) if not isinstance(layer, Elsewhere)]
+    return [layer for layer in _layers(model) if not isinstance(layer, _Elsewhere)]
 
 
 def tied_weight(model: PreTrainedModel) -> nn.Parameter | None:
@@ -242,7 +242,7 @@ _Calls = list[tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]]
 """The parts that were called, with what besides the states."""
 
 
-class _Listening(Elsewhere):
+class _Listening(_Elsewhere):
     """Stands for a part and notes what it is called with."""
 
     def __init__(self, part: nn.Module, name: str, calls: _Calls) -> None:
@@ -291,7 +291,7 @@ def _parts(model: PreTrainedModel) -> _Parts:
 
 def _ends_backbone(child: nn.Module) -> bool:
     """Whether a part of a backbone that is neither embedding nor layers is the norm behind these: it has weights."""
-    return isinstance(child, Elsewhere) or next(child.parameters(), None) is not None
+    return isinstance(child, _Elsewhere) or next(child.parameters(), None) is not None
 
 
 def _head(model: PreTrainedModel) -> str | None:
@@ -310,12 +310,12 @@ def _size(module: nn.Module) -> int:
 
 
 def _keep(model: PreTrainedModel, layers: Collection[int], *, is_first: bool, is_last: bool) -> None:
-    """Put `Elsewhere` in the place of all but some layers, and of the ends that do not belong to them."""
+    """Put `_Elsewhere` in the place of all but some layers, and of the ends that do not belong to them."""
     parts, inner = _parts(model), backbone(model)
     own = _layers(model)
     for number, layer in enumerate(own):
         if number not in layers:
-            own[number] = Elsewhere(layer)
+            own[number] = _Elsewhere(layer)
     tied = tied_weight(model) is not None and (is_first or is_last)
     leaving = [
         *([] if is_first or tied else [(inner, parts.embedding)]),
@@ -323,7 +323,7 @@ def _keep(model: PreTrainedModel, layers: Collection[int], *, is_first: bool, is
         *([] if is_last or tied else [(model, str(_head(model)))]),
     ]
     for owner, name in leaving:
-        owner._modules[name] = Elsewhere(getattr(owner, name))
+        owner._modules[name] = _Elsewhere(getattr(owner, name))
 
 
 def _shallow(module: Any) -> Any:
