@@ -19,7 +19,7 @@ ALL = os.environ.get("TRAINWORKS_LAYOUTS") == "all"
 NAMES = list(layouts.SPREADS if ALL else layouts.QUICK)
 STEPS, HALF = 10, 5
 CASES = [("llama", "full"), ("tied", "lora"), ("experts", "full")]
-RESUMED = ("llama", "full")
+RESUMED = ("experts", "full")
 
 pytestmark = pytest.mark.slow
 
