@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def trl(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
 def ours(args: argparse.Namespace, *, compiled: bool = True) -> dict[str, Any]:
     """Train with this package, as a run of its own would."""
     import finetune
-    from trainworks import SFT, Batch, Budget, Data, Full, LoRA, Optim, Pretrained, Speed, train_steps
+    from trainworks import SFT, Batch, Budget, Data, Full, LoRA, Optim, Pretrained, Speed
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -192,13 +193,21 @@ def ours(args: argparse.Namespace, *, compiled: bool = True) -> dict[str, Any]:
             optim=Optim(lr=LR, schedule="constant", betas=(0.9, 0.999)),
             speed=Speed(compile="auto" if compiled else "off"),
         )
-        losses = []
-        for step in train_steps(finetune.prepare(config)):
-            clock.tick()
-            losses.append(step.loss)
-            if step.number % LOGGED == 0:
-                clock.losses.append(sum(loss.item() for loss in losses[-LOGGED:]) / LOGGED)
+        follow(config, clock)
     return clock.result()
+
+
+def follow(config: Any, clock: Clock) -> None:
+    """Train a run of this package, with the clock's ticks and the losses that the others log."""
+    import finetune
+    from trainworks import train_steps
+
+    losses = []
+    for step in train_steps(finetune.prepare(config)):
+        clock.tick()
+        losses.append(step.loss)
+        if step.number % LOGGED == 0:
+            clock.losses.append(sum(loss.item() for loss in losses[-LOGGED:]) / LOGGED)
 
 
 CONTENDERS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, bool], tuple[str, ...]]] = {
@@ -212,25 +221,15 @@ CONTENDERS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, bool], tupl
 """Who trains, with what options, and which packages that takes."""
 
 
-def alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one contender in a process of its own."""
-    import os
-
+def alone(name: str, args: argparse.Namespace, script: str = __file__, **environment: str) -> dict[str, Any]:
+    """Run one of a script's contenders in a process of its own, with caches of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            __file__,
-            *sys.argv[1:],
-            "--only",
-            name,
-            "--model",
-            str(args.model),
-            "--out",
-            str(out),
-        ]
-        environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16", "TRAINWORKS_CACHE": f"{folder}/cache"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        own = ["--only", name, "--model", str(args.model), "--out", str(out)]
+        caches = {"TRAINWORKS_CACHE": f"{folder}/cache", "HF_DATASETS_CACHE": f"{folder}/datasets"}
+        given = os.environ | caches | {"ACCELERATE_MIXED_PRECISION": "bf16"} | environment
+        command = [sys.executable, script, *sys.argv[1:], *own]
+        done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
         if done.returncode:
             return {"failed": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}
         value: dict[str, Any] = json.loads(out.read_text())

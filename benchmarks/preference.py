@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu_train import LOGGED, LORA, LR, SHAPES, Clock, arguments, callback, held_in, make
+from gpu_train import LORA, LR, SHAPES, Clock, alone, arguments, callback, follow, held_in, make
 
 BETA = 0.1
 
@@ -94,7 +91,7 @@ def ours(args: argparse.Namespace, begun: float, *, compiled: bool = True) -> di
     from datasets import Dataset
 
     import finetune
-    from trainworks import DPO, Batch, Budget, Data, Full, LoRA, Optim, Preference, Pretrained, Speed, train_steps
+    from trainworks import DPO, Batch, Budget, Data, Full, LoRA, Optim, Preference, Pretrained, Speed
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,12 +106,7 @@ def ours(args: argparse.Namespace, begun: float, *, compiled: bool = True) -> di
             optim=Optim(lr=LR, schedule="constant", betas=(0.9, 0.999)),
             speed=Speed(compile="auto" if compiled else "off"),
         )
-        losses = []
-        for step in train_steps(finetune.prepare(config)):
-            clock.tick()
-            losses.append(step.loss)
-            if step.number % LOGGED == 0:
-                clock.losses.append(sum(loss.item() for loss in losses[-LOGGED:]) / LOGGED)
+        follow(config, clock)
     return finished(clock, begun)
 
 
@@ -126,21 +118,6 @@ CONTENDERS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, bool], tupl
     "Trainworks, eager": (ours, {"compiled": False}, ()),
 }
 """Who trains, with what options, and which packages that takes."""
-
-
-def alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one contender in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        own = ["--only", name, "--model", str(args.model), "--out", str(out)]
-        caches = {"TRAINWORKS_CACHE": f"{folder}/cache", "HF_DATASETS_CACHE": f"{folder}/datasets"}
-        environment = os.environ | caches | {"ACCELERATE_MIXED_PRECISION": args.precision}
-        command = [sys.executable, __file__, *sys.argv[1:], *own]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return {"failed": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}
-        value: dict[str, Any] = json.loads(out.read_text())
-        return value
 
 
 def show(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
@@ -195,7 +172,10 @@ def main() -> None:
         results = {}
         for name in args.contenders:
             missing = [package for package in CONTENDERS[name][2] if find_spec(package) is None]
-            results[name] = {"failed": [f"{', '.join(missing)} is not installed"]} if missing else alone(name, args)
+            if missing:
+                results[name] = {"failed": [f"{', '.join(missing)} is not installed"]}
+            else:
+                results[name] = alone(name, args, __file__, ACCELERATE_MIXED_PRECISION=args.precision)
     if args.json:
         from importlib.metadata import version
 

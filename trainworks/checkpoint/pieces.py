@@ -25,8 +25,7 @@ def named_tensors(run: Run) -> dict[str, Tensor]:
     """Return everything of this rank's that training changes: trained weights and their averages, buffers that are
     kept, and the optimizer's state."""
     named: dict[str, Tensor] = {}
-    own = {name: parameter for name, parameter in trained(run).items() if name not in run.passes.repeated}
-    for name, parameter in own.items():
+    for name, parameter in run.trained().items():
         named[f"model.{name}"] = parameter
         for key, value in run.optimizer.state.get(parameter, {}).items():
             named[f"optimizer.{name}.{key}"] = value

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainworks.data.cache import digest
+from trainworks.errors import ConfigError
 
-__all__ = ["encode", "encode_words", "pad", "tokenizer_digest"]
+__all__ = ["encode", "encode_words", "pad", "padded_by_end", "tokenizer_digest"]
 
 Tokenizer = Any
 
@@ -51,6 +52,18 @@ def _batches(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str]]:
     rest = iter(texts)
     while batch := list(islice(rest, _BATCH)):
         yield batch
+
+
+def padded_by_end(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer, padding by its end token where it has no token for that; ConfigError where it has
+    neither."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"the tokenizer of {tokenizer.name_or_path} has neither padding nor end token to batch with"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def pad(rows: Sequence[NDArray[Any]], value: int, *, width: int | None = None) -> NDArray[np.int64]:

@@ -14,6 +14,13 @@ from trainworks.errors import LaunchError
 __all__ = ["Layout", "asked"]
 
 _PREFIX = "PARALLELISM_CONFIG_"
+_UNHEEDED = {
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false"),
+    "FSDP_AUTO_WRAP_POLICY": ("fsdp_auto_wrap_policy", "transformer_based_wrap"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": ("fsdp_transformer_layer_cls_to_wrap", ""),
+}
+"""Settings of FSDP that this sharding does not follow, by the variable that holds them: the hardware file's key, and
+what it may say all the same."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,13 @@ def _check(environment: Mapping[str, str], sizes: dict[str, int], wish: schema.L
             f"parallelism_config_dp_shard_size: {sizes['shard']} shards weights, which takes distributed_type: FSDP "
             "and fsdp_config.fsdp_version: 2 in the hardware file"
         )
+    for variable, (key, served) in _UNHEEDED.items():
+        said = environment.get(variable, "").lower()
+        if is_sharded and said not in ("", served):
+            raise LaunchError(
+                f"{key}: {said} is not followed: layers are sharded one by one, as the model names them, and nothing "
+                f"is computed twice; {f'say {served}' if served else 'leave it out'}"
+            )
     if wish.expert > 1 and wish.expert != sizes["tensor"]:
         raise LaunchError(
             f"layout.expert: {wish.expert} shares experts over the ranks of parallelism_config_tp_size, which is "

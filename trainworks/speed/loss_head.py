@@ -90,8 +90,7 @@ class _HeadLosses(torch.autograd.Function):
         for part in _chunks(len(labels), len(weight), device):
             logits = torch.nn.functional.linear(states[part], matrix, None if bias is None else bias.to(dtype))
             if not (wants_states or wants_weight or wants_bias):
-                shaped = logits if shape is None else shape(_exact(logits))
-                losses[part] = token_losses(shaped, labels[part], ignored=ignored)
+                losses[part] = _plain(logits, labels[part], ignored, shape)
                 continue
             losses[part], gradient = _for(_chunk, device)(logits, labels[part], ignored, shape)
             if to_states is not None:
@@ -141,8 +140,7 @@ class _WeighedLosses(torch.autograd.Function):
         losses = torch.zeros(len(labels), dtype=torch.promote_types(ctx.dtype, torch.float32), device=hidden.device)
         for part in _chunks(len(labels), len(weight), hidden.device.type):
             logits = torch.nn.functional.linear(states[part], matrix, added)
-            shaped = logits if shape is None else shape(_exact(logits))
-            losses[part] = token_losses(shaped, labels[part], ignored=ignored)
+            losses[part] = _plain(logits, labels[part], ignored, shape)
         return losses
 
     @staticmethod
@@ -172,6 +170,11 @@ class _WeighedLosses(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _plain(logits: Tensor, labels: Tensor, ignored: int, shape: Shape | None) -> Tensor:
+    """Return the losses of a chunk [tokens] alone."""
+    return token_losses(logits if shape is None else shape(_exact(logits)), labels, ignored=ignored)
 
 
 def _computed_in(hidden: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ from trainworks.data.cache import Prepared, ragged, table
 from trainworks.data.columns import Kind
 from trainworks.data.text import encode
 from trainworks.tasks.base import Baseline, Processor
-from trainworks.tasks.language import LanguageTask
+from trainworks.tasks.next_token import NextTokenTask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def _samples(ids: Sequence[Ids]) -> Dataset:
     return table({"input_ids": ragged(ids, np.int32), "length": sizes})
 
 
-class CausalLM(LanguageTask):
+class CausalLM(NextTokenTask):
     """Predict the next token of documents joined end to end and cut to blocks."""
 
     type: Literal["causal-lm"] = "causal-lm"

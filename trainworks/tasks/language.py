@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainworks.chance import chances, mixed
 from trainworks.data.text import IGNORED, pad
 from trainworks.errors import ConfigError
 from trainworks.metrics import Metric, Ratio
 from trainworks.record import Sample
-from trainworks.settings import Rate
 from trainworks.tasks.base import Processor, Task
 from trainworks.tasks.packing_proof import keeps_apart
 
@@ -51,40 +49,12 @@ def _bounds(lines: Sequence[NDArray[np.int64]], width: int) -> NDArray[np.int64]
     return np.unique(np.concatenate([[0], *ends]))
 
 
-def _noisy(model: PreTrainedModel, batch: Batch, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's inputs with embeddings in the place of tokens, and noise on them."""
-    import torch
-
-    embedded = model.get_input_embeddings()(given["input_ids"])
-    width, row = embedded.shape[-1], batch["row"]
-    columns = torch.arange(row.shape[1], device=row.device).expand_as(row)
-    first = batch.get("position_ids", columns) * width
-    places = first[..., None] + torch.arange(width, device=row.device)
-    bits = chances(places, batch["noise"][row][..., None])
-    noise = (bits & 0xFFFFFF).float() / 2**23 - 1
-    scale = batch["noise_scale"][row][..., None] / width**0.5
-    return {name: value for name, value in given.items() if name != "input_ids"} | {
-        "inputs_embeds": embedded + (noise * scale).to(embedded.dtype)
-    }
-
-
 class LanguageTask(Task, ABC):
     """Next-token prediction over prepared rows of `input_ids` and, where only part is learned, `trained`."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     pipeline_tag: ClassVar[str] = "text-generation"
     can_pack: ClassVar[bool] = True
-    neftune: Rate = 0.0
-    """Noise on the embeddings in training: uniform, up to this over the root of a row's tokens x their width (NEFTune,
-    arXiv:2310.05914, which takes 5 to 15). It is drawn from each row's own seed."""
-
-    expert_balance: Rate = 0.0
-    """Weight of a loss that spreads tokens evenly over a layer's experts; it depends on which rows a micro-step sees
-    together, on all ranks. 0 leaves it out."""
-
-    def whole_because(self) -> str:
-        """Return why its model has to be whole on a rank: to balance its experts, every layer's routing is wanted."""
-        return "expert_balance wants every layer's routing in one place" if self.expert_balance else ""
 
     def equip(self, processor: Processor) -> Processor:
         """Pad with the end token where there is no padding token: padding is never attended to nor learned."""
@@ -117,8 +87,6 @@ class LanguageTask(Task, ABC):
             ours = Head(model)(backbone(model)(ids).last_hidden_state).float()
         model.train(training)
         kind = type(model).__name__
-        if self.expert_balance and not getattr(model.config, "num_experts_per_tok", None):
-            raise ConfigError(f"task.expert_balance: {kind} has no experts; leave it out")
         if not torch.allclose(logits[:, :-1], others[:, :-1], rtol=1e-3, atol=1e-4):
             raise ConfigError(
                 f"model: {kind} lets a token see the ones after it, so that predicting the next teaches nothing; take "
@@ -186,9 +154,6 @@ class LanguageTask(Task, ABC):
             "row": lay([np.full(len(row) - 1, place) for place, row in enumerate(ids)], 0),
             "learned": torch.tensor([int((row[1:] != IGNORED).sum()) for row in targets]),
         }
-        if train and self.neftune:
-            batch["noise"] = torch.tensor([mixed(row["seed"]) >> 1 for row in rows])
-            batch["noise_scale"] = torch.tensor([self.neftune / np.sqrt(size) for size in sizes], dtype=torch.float32)
         if packed:
             batch["position_ids"] = lay([np.arange(size) for size in sizes], 0)
             bounds = _bounds([sizes[line] for line in lines], width)
@@ -200,41 +165,34 @@ class LanguageTask(Task, ABC):
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return how many tokens each row learns."""
-        return dict.fromkeys(("loss", "balance") if self.expert_balance else ("loss",), batch["learned"])
+        return {"loss": batch["learned"]}
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-        """Return each row's summed cross-entropy in nats, and its part of the balancing loss, where there is one."""
+        """Return each row's summed cross-entropy in nats."""
         from trainworks.heads import Head
 
-        if not self.expert_balance:
-            return self.loss_from(self.hidden(model, batch), Head(model), batch)
-        made = self._made(model, batch, output_router_logits=True)
-        return self.loss_from(made.last_hidden_state, Head(model), batch) | self._balance(model, made, batch)
+        return self.loss_from(self.hidden(model, batch), Head(model), batch)
 
     def hidden(self, model: PreTrainedModel, batch: Batch, states: Tensor | None = None) -> Tensor:
         """Return the last states [lines, longest, width]; from the given ones on, where `model` is a later stage."""
-        hidden: Tensor = self._made(model, batch, states).last_hidden_state
+        hidden: Tensor = self.made(model, batch, states).last_hidden_state
         return hidden
 
-    def _made(self, model: PreTrainedModel, batch: Batch, states: Tensor | None = None, **asked: bool) -> Any:
+    def made(self, model: PreTrainedModel, batch: Batch, states: Tensor | None = None, **asked: bool) -> Any:
         """Return what the backbone makes of a batch, or of the states of an earlier stage."""
         from trainworks.heads import backbone
         from trainworks.speed.packed_attention import rows_apart
 
-        inputs = _noisy(model, batch, self.inputs(batch)) if "noise" in batch and states is None else self.inputs(batch)
+        inputs = self.given(model, batch) if states is None else self.inputs(batch) | {"inputs_embeds": states}
         if states is not None:
-            inputs = {name: value for name, value in inputs.items() if name != "input_ids"} | {"inputs_embeds": states}
+            del inputs["input_ids"]
         # With a cache, transformers does not look for rows in position_ids, and packed ones would see one another.
         with rows_apart(model, batch) as told:
             return backbone(model)(**inputs, **told, **asked, use_cache=False)
 
-    def _balance(self, model: PreTrainedModel, made: Any, batch: Batch) -> dict[str, Tensor]:
-        from trainworks.experts import imbalance
-
-        learned = batch["labels"].flatten() != IGNORED
-        parts = imbalance(made.router_logits, learned, model.config.num_experts_per_tok)
-        rows = parts.new_zeros(len(batch["learned"])).index_add(0, batch["row"].flatten(), parts)
-        return {"balance": self.expert_balance * rows}
+    def given(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+        """Return what the backbone, or a pipeline's first stage, is called with."""
+        return self.inputs(batch)
 
     def loss_from(self, hidden: Tensor, head: Head, batch: Batch) -> dict[str, Tensor]:
         """Return each row's summed cross-entropy from the last states, [lines, longest, width]."""

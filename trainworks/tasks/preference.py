@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from trainworks.data.cache import ragged
 from trainworks.data.templates import answer_ends
@@ -45,17 +45,6 @@ class Preference(Comparison, LanguageTask):
     type: Literal["preference"] = "preference"
     objective: Annotated[DPO | IPO | SimPO | ORPO | KTO, Field(discriminator="type")] = DPO()
     """The loss, with its options: `{type: dpo, beta: 0.1}`."""
-
-    @model_validator(mode="after")
-    def _used(self) -> Self:
-        for name in ("expert_balance", "neftune"):
-            if getattr(self, name):
-                raise ValueError(f"{name} does nothing for preferences; leave it out")
-        return self
-
-    def whole_because(self) -> str:
-        """Return that answers are compared over a whole row."""
-        return "answers are compared with one another"
 
     def resolve(self, rows: Dataset) -> Self:
         """Return the task with its format told by the columns; DataError when they tell none, or no pairs where the

@@ -9,8 +9,8 @@ import numpy as np
 
 from trainworks.data.bad_rows import BadRow, excerpt
 from trainworks.data.comparisons import Compared
-from trainworks.data.text import pad
-from trainworks.errors import ConfigError, DataError
+from trainworks.data.text import pad, padded_by_end
+from trainworks.errors import DataError
 from trainworks.metrics import Mean, Metric, Prediction, PreferenceAccuracy
 from trainworks.settings import Rate
 from trainworks.tasks.base import Processor
@@ -68,14 +68,7 @@ class Reward(Comparison):
 
     def equip(self, processor: Processor) -> Processor:
         """Put the template in place, and pad with the end token where there is no padding token."""
-        processor = super().equip(processor)
-        if processor.pad_token_id is None:
-            if processor.eos_token is None:
-                raise ConfigError(
-                    f"the tokenizer of {processor.name_or_path} has neither padding nor end token to batch with"
-                )
-            processor.pad_token = processor.eos_token
-        return processor
+        return padded_by_end(super().equip(processor))
 
     def head(self) -> dict[str, Any]:
         """Return that there is one output."""

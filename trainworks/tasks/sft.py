@@ -21,7 +21,7 @@ from trainworks.data.text import IGNORED
 from trainworks.metrics import Accuracy, Metric, Prediction
 from trainworks.tasks.base import Processor
 from trainworks.tasks.chat import check_template, put_template
-from trainworks.tasks.language import LanguageTask
+from trainworks.tasks.next_token import NextTokenTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +34,7 @@ __all__ = ["SFT"]
 _COMPARED = 200
 
 
-class SFT(LanguageTask):
+class SFT(NextTokenTask):
     """Learn the assistant's turns of chat or instruction rows, through the tokenizer's own chat template."""
 
     type: Literal["sft"] = "sft"

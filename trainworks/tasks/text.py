@@ -12,8 +12,8 @@ from pydantic import Field, Strict
 from trainworks.data.bad_rows import BadRow, BadRowsError
 from trainworks.data.cache import ragged
 from trainworks.data.columns import Kind
-from trainworks.data.text import pad
-from trainworks.errors import ConfigError, DataError
+from trainworks.data.text import pad, padded_by_end
+from trainworks.errors import DataError
 from trainworks.tasks.base import Processor, Task
 
 if TYPE_CHECKING:
@@ -44,13 +44,7 @@ class TextTask(Task, ABC):
 
     def equip(self, processor: Processor) -> Processor:
         """Pad with the end token where there is no padding token."""
-        if processor.pad_token_id is None:
-            if processor.eos_token is None:
-                raise ConfigError(
-                    f"the tokenizer of {processor.name_or_path} has neither padding nor end token to batch with"
-                )
-            processor.pad_token = processor.eos_token
-        return processor
+        return padded_by_end(processor)
 
     def _encoded(self, rows: Dataset, processor: Processor, first: int) -> tuple[dict[str, Any], dict[str, int]]:
         """Return the columns of the texts' tokens, and how many were cut; BadRowsError for texts without a token, as an

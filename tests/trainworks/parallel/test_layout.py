@@ -41,6 +41,9 @@ def test_what_no_file_says_is_data(environment: dict[str, str], wish: dict[str, 
         (world(4, dp_shard=4), {}, "distributed_type: FSDP"),
         (world(4, sharded=True, sp=2), {}, "parallelism_config_cp_size"),
         (world(4, sharded=True, tp=2), {"expert": 4}, "make them alike"),
+        (world(2, sharded=True) | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "say false"),
+        (world(2, sharded=True) | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "say transformer_based_wrap"),
+        (world(2, sharded=True) | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaMLP"}, {}, "leave it out"),
     ],
 )
 def test_what_cannot_go_together_names_the_line(environment: dict[str, str], wish: dict[str, int], mend: str) -> None:
