@@ -265,6 +265,7 @@ def _merge(
     def merge() -> int:
         from trainworks.exporting.merging import merge_adapters
 
+        quieten_libraries()
         say(str(merge_adapters(dict(map(_weighted, adapters)), output)), sys.stdout)
         return 0
 

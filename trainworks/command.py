@@ -164,7 +164,8 @@ def _opening(run: Run) -> str:
             *packed,
             *(f"note     {note}" for note in run.record.notes),
             f"steps    {plan.num_steps:,} of {plan.per_step} samples, {ranks} x {run.micro} at once{waste}{goes_on}",
-            f"machine  {machine.world_size} x {machine.device}, precision {machine.mixed_precision}",
+            f"machine  {machine.world_size} x {machine.device}, precision {machine.mixed_precision}"
+            + (f", {run.world.layout}" if machine.layout else ""),
             f"output   {run.folder}",
         ]
     )

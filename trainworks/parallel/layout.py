@@ -86,8 +86,8 @@ def asked(wish: schema.Layout, environment: Mapping[str, str] = os.environ) -> L
     layout = Layout(**sizes, pipeline=wish.pipeline, schedule=wish.schedule, expert=wish.expert, is_sharded=is_sharded)
     if layout.processes != processes:
         raise LaunchError(
-            f"{layout} makes {layout.processes} processes, and {processes} were started; change num_processes, the "
-            "sizes under parallelism_config of the hardware file, or layout.pipeline of the run file"
+            f"{layout} makes {layout.processes} processes, and the launch started {processes}; change num_processes, "
+            "the sizes under parallelism_config of the hardware file, or layout.pipeline of the run file"
         )
     return layout
 
