@@ -34,9 +34,11 @@ HOW: dict[str, Callable[[], Any]] = {
     "raises": _raise,
     "stands": _stand_still,
 }
+AT_ONCE = ("killed", "exits")
+"""A process that is gone tells no more where it was, so it stays there until its signs of life have told."""
 
 
-def break_at(place: str, how: Callable[[], Any], mark: Path) -> None:
+def break_at(place: str, how: str, mark: Path) -> None:
     """Break in the first exchange at a place: that is inside an evaluation, a save, a step."""
     from trainworks.parallel.launch import World
     from trainworks.parallel.watchdog import BEAT
@@ -51,9 +53,9 @@ def break_at(place: str, how: Callable[[], Any], mark: Path) -> None:
             if sys._getframe(1).f_globals["__name__"].startswith(caller):
                 steps += 1
                 if steps > after:
-                    time.sleep(3 * BEAT)  # a place that lasts: the others know of it by its signs of life
+                    time.sleep(3 * BEAT if how in AT_ONCE else 0.0)
                     mark.touch()
-                    how()
+                    HOW[how]()
             return exchange(self, *arguments, **options)
 
         setattr(World, name, broken)
@@ -71,7 +73,7 @@ def break_at(place: str, how: Callable[[], Any], mark: Path) -> None:
 if __name__ == "__main__":
     rank, place, how, mark = os.environ["FAULT"].split(":")
     if rank == os.environ["RANK"] and not Path(mark).exists():
-        break_at(place, HOW[how], Path(mark))
+        break_at(place, how, Path(mark))
     if "ACCELERATE_USE_FSDP" in os.environ:
         let_fsdp_run_on_cpu()
     runpy.run_module("finetune", run_name="__main__", alter_sys=True)
