@@ -96,6 +96,8 @@ def _run(config: RunConfig[Any], recipe: Callable[[], Prepare]) -> Outcome:
     run = prepare(config)
     say(_opening(run))
     record = fit(run)
+    if record.status != "complete":
+        _heed_no_more()
     folder = export(run) if record.status == "complete" else None
     run.world.leave()
     if folder is None:
@@ -223,13 +225,18 @@ def _watched(action: Callable[[], Outcome]) -> Outcome:
         return action()
     except BaseException as error:
         if Watchdog.current is not None:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)  # a launcher's, for the same reason: it must not cut this short
+            _heed_no_more()
             report = _report(error)
             verdict = Watchdog.current.failed(report, error.__traceback__)
             if verdict is not None and not isinstance(error, ToolkitError):
                 error.add_note(f"on {verdict.reason.removesuffix(f': {report.text}')}")
         raise
+
+
+def _heed_no_more() -> None:
+    """Pass over signals from now on: a launcher sends more of them on the way, and how the run ends is decided."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _report(error: BaseException) -> Report:
