@@ -33,8 +33,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": True},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "vocab_size": 128256},
+    "experts": {"model_type": "qwen3_moe", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256}
+    | {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 1024, "tie_word_embeddings": True},
+    "tiny experts": {"model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 4928}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
-"""Llama 3.1 and 3.2 by size, and one for trying this script on a processor."""
+"""Llama 3.1 and 3.2 by size, a small mixture of experts, and two for trying scripts on a processor."""
 WARMUP, LOGGED, LR = 10, 10, 1e-5
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -42,12 +48,12 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 def make(folder: Path, shape: str, length: int, tuning: str = "full") -> None:
     """Write a model of random weights with a tokenizer, which no contender needs but all load."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     from trainworks import NewTokenizer
     from trainworks.tokenizer_training import new_tokenizer
 
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=length, rope_theta=500_000.0, eos_token_id=0)
+    config = configuration(shape, length)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=held_in(tuning))
@@ -55,19 +61,28 @@ def make(folder: Path, shape: str, length: int, tuning: str = "full") -> None:
     new_tokenizer(NewTokenizer(vocab_size=300), ["the quick brown fox"]).save_pretrained(folder)
 
 
-def rows(args: argparse.Namespace) -> Any:
-    """Return as many random rows as the steps take."""
+def configuration(shape: str, length: int) -> Any:
+    """Return the configuration of a model of some shape that takes so many tokens."""
+    from transformers import AutoConfig
+
+    settings = {"model_type": "llama"} | SHAPES[shape]
+    return AutoConfig.for_model(**settings, max_position_embeddings=length, rope_theta=500_000.0, eos_token_id=0)
+
+
+def rows(args: argparse.Namespace, ranks: int = 1) -> Any:
+    """Return as many random rows as the steps of so many ranks take."""
     import numpy as np
     from datasets import Dataset
 
-    ids = np.random.default_rng(0).integers(1, 250, (args.batch * args.steps, args.length), dtype=np.int64)
+    ids = np.random.default_rng(0).integers(1, 250, (args.batch * ranks * args.steps, args.length), dtype=np.int64)
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
 class Clock:
     """The end of every step, as the device comes to it; and the loss, the mean of every ten steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, warmup: int = WARMUP) -> None:
+        self.warmup = warmup
         self.ends: list[Any] = []
         self.losses: list[float] = []
 
@@ -86,7 +101,7 @@ class Clock:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.synchronize()
-        pairs = zip(self.ends[WARMUP:-1], self.ends[WARMUP + 1 :], strict=True)
+        pairs = zip(self.ends[self.warmup : -1], self.ends[self.warmup + 1 :], strict=True)
         steps = [before.elapsed_time(after) / 1000 if on_gpu else after - before for before, after in pairs]
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         return {"seconds": steps, "peak_bytes": peak, "losses": self.losses}
@@ -154,20 +169,20 @@ def trainer(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
     return clock.result()
 
 
-def trl(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
+def trl(args: argparse.Namespace, *, liger: bool = False, ranks: int = 1, warmup: int = WARMUP) -> dict[str, Any]:
     """Train with TRL's SFTTrainer, on rows that are token ids already."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=held_in(args.tuning))
-    clock = Clock()
+    clock = Clock(warmup)
     with tempfile.TemporaryDirectory() as folder:
         told = SFTConfig(**arguments(args, folder), max_length=args.length, use_liger_kernel=liger)
         SFTTrainer(
             model,
             told,
-            train_dataset=rows(args).remove_columns(["labels"]),
+            train_dataset=rows(args, ranks).remove_columns(["labels"]),
             processing_class=AutoTokenizer.from_pretrained(args.model),
             peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if args.tuning == "lora" else None,
             callbacks=[callback(clock)],
@@ -177,24 +192,29 @@ def trl(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
 
 def ours(args: argparse.Namespace, *, compiled: bool = True) -> dict[str, Any]:
     """Train with this package, as a run of its own would."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        follow(run_config(args, folder, compiled=compiled), clock)
+    return clock.result()
+
+
+def run_config(args: argparse.Namespace, folder: str, *, compiled: bool = True, ranks: int = 1, **changes: Any) -> Any:
+    """Return the run that is timed; `changes` are fields of its configuration."""
     import finetune
     from trainworks import SFT, Batch, Budget, Data, Full, LoRA, Optim, Pretrained, Speed
 
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        config = finetune.Config(
-            output=f"{folder}/run",
-            task=SFT(format="tokens", max_length=args.length),
-            model=Pretrained(str(args.model), dtype="bfloat16" if args.tuning == "lora" else "float32"),
-            tuning=LoRA(rank=16, alpha=32.0) if args.tuning == "lora" else Full(),
-            data=Data(source=rows(args), holdout=0.0),
-            batch=Batch(per_step=args.batch, micro=args.batch),
-            budget=Budget(steps=args.steps),
-            optim=Optim(lr=LR, schedule="constant", betas=(0.9, 0.999)),
-            speed=Speed(compile="auto" if compiled else "off"),
-        )
-        follow(config, clock)
-    return clock.result()
+    settings = {
+        "output": f"{folder}/run",
+        "task": SFT(format="tokens", max_length=args.length),
+        "model": Pretrained(str(args.model), dtype="bfloat16" if args.tuning == "lora" else "float32"),
+        "tuning": LoRA(rank=16, alpha=32.0) if args.tuning == "lora" else Full(),
+        "data": Data(source=rows(args, ranks), holdout=0.0),
+        "batch": Batch(per_step=args.batch, micro=args.batch),
+        "budget": Budget(steps=args.steps),
+        "optim": Optim(lr=LR, schedule="constant", betas=(0.9, 0.999)),
+        "speed": Speed(compile="auto" if compiled else "off"),
+    }
+    return finetune.Config(**settings | changes)
 
 
 def follow(config: Any, clock: Clock) -> None:

@@ -72,8 +72,8 @@ def break_at(place: str, how: str, mark: Path) -> None:
 
 if __name__ == "__main__":
     rank, place, how, mark = os.environ["FAULT"].split(":")
-    if rank == os.environ["RANK"] and not Path(mark).exists():
+    if rank == os.environ.get("RANK", "0") and not Path(mark).exists():
         break_at(place, how, Path(mark))
-    if "ACCELERATE_USE_FSDP" in os.environ:
+    if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         let_fsdp_run_on_cpu()
     runpy.run_module("finetune", run_name="__main__", alter_sys=True)
