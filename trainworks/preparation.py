@@ -112,6 +112,7 @@ def assemble(
         task.verify_packing(model, processor)
     vocabulary = models.vocabulary(model)
     if world.context is not None:
+        model.to(world.device)  # type: ignore[arg-type]  # where the ranks exchange what is compared
         context.verify(model, world.context)
         context.spread(model, world.context)
     origin = models.fingerprint(config.model, model, seed=config.seed)
