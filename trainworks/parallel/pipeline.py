@@ -58,8 +58,13 @@ class Stage(nn.Module):
         self.is_first = is_first
         self.is_last = is_last
         self.work = _Work((), {}, 0)
+        self._turn = 0
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Entered around each forward pass, such as autocast."""
+
+    def begin(self, work: _Work) -> None:
+        """Lay batches before the stage, whose forward then takes one after the other."""
+        self.work, self._turn = work, 0
 
     def shard(self, **options: Any) -> None:
         """Spread its weights over the ranks of a mesh by FSDP2, layer by layer. All ranks of the mesh.
@@ -72,10 +77,15 @@ class Stage(nn.Module):
             # Zero-bubble schedules (torch 2.13) lose gradients, in silence, of weights that were given back meanwhile.
             fully_shard(part, **options | {"reshard_after_forward": False})
 
-    def forward(self, message: Tensor, *, place: Tensor) -> Tensor:
-        """Return the states [message, width] of the batch at `place` [1] behind this stage, or its share of the loss
-        [1]; what a first stage is sent is not looked at."""
-        batch = self.work.batches[int(place)]
+    def forward(self, message: Tensor) -> Tensor:
+        """Return the states [message, width] of the next batch behind this stage, or its share of the loss [1]; what a
+        first stage is sent is not looked at.
+
+        All schedules go through batches in their order. A number that comes as a tensor FSDP would lay on the device,
+        and reading it there would wait for all that the device has to do.
+        """
+        turn, self._turn = self._turn, self._turn + 1
+        batch = self.work.batches[turn]
         lines, width = batch["input_ids"].shape
         given = None if self.is_first else message[: lines * width].unflatten(0, (lines, width))
         with self.around():
@@ -85,7 +95,7 @@ class Stage(nn.Module):
                 padding = (0, 0, 0, self.work.message - lines * width)
                 return nn.functional.pad(states.flatten(0, 1).to(self.dtype), padding)
             terms = self.task.loss_from(states, Head(self.model), batch)
-        self.work.sums[int(place)] = {name: term.detach() for name, term in terms.items()}
+        self.work.sums[turn] = {name: term.detach() for name, term in terms.items()}
         shares = [(terms[name] * batch["weight"]).sum() / count for name, count in self.work.whole.items()]
         return torch.stack(shares).sum(0, keepdim=True) if shares else states.new_zeros(1)
 
@@ -126,6 +136,8 @@ class Pipeline(nn.Module):
         self.parts = nn.ModuleList(self.stages)
         self._schedule: Any = None
         self._takes = (0, 0)
+        # NCCL wants all ranks of a group in its first exchange, and the next may be one of two.
+        distributed.all_reduce(torch.zeros(1, device=device), group=group)
         if (weight := self._shared()) is not None and self._is_last:
             weight.data.copy_(self._partners(weight.data))
         elif weight is not None:
@@ -176,9 +188,9 @@ class Pipeline(nn.Module):
         number = self._plan.schedule.filled(len(batches), self._plan.ranks)
         every = [*batches, *[filler] * (number - len(batches))]
         work = self._begin(every, {name: count / self._averaged for name, count in whole.items()})
-        places = torch.arange(number)
+        places = torch.arange(number, device=self._device)
         schedule = self._schedule_for(number, work.message)
-        schedule.step(*([places] if 0 in self._own else []), place=places, target=places, return_outputs=False)
+        schedule.step(*([places] if 0 in self._own else []), target=places, return_outputs=False)
         if (weight := self._shared()) is not None and weight.grad is not None:
             gradient = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
             gradient += self._partners(gradient)
@@ -196,15 +208,15 @@ class Pipeline(nn.Module):
         for own, stage in zip(self._own, self.stages, strict=True):
             goes_to = None if stage.is_last else self._plan.rank(own + 1)
             arriving, here = self._arriving(own, here), []
-            for place in range(len(batches)):
-                states = stage(next(arriving), place=torch.tensor([place]))
+            for message in arriving:
+                states = stage(message)
                 if goes_to == self._rank:
                     here.append(states)
                 elif goes_to is not None:
                     sent.append((distributed.isend(states, group=self._group, group_dst=goes_to), states))
-        for message, _ in sent:
-            if message is not None:
-                message.wait()
+        for receipt, _ in sent:
+            if receipt is not None:
+                receipt.wait()
         for part in (part for stage in self.stages for part in stage.modules()):
             if isinstance(part, FSDPModule):
                 part.reshard()  # a root (torch 2.13) does so in a backward pass alone
@@ -233,7 +245,7 @@ class Pipeline(nn.Module):
         """Lay batches before this rank's stages."""
         work = _Work(batches, whole, max(batch["input_ids"].numel() for batch in batches))
         for stage in self.stages:
-            stage.work = work
+            stage.begin(work)
         return work
 
     def _told(self, work: _Work) -> list[dict[str, Tensor]]:
