@@ -197,8 +197,10 @@ def take_step(optimizer: Optimizer, optim: Optim, *, number: int = 0, lr: float,
     limit = float("inf") if optim.max_grad_norm == "off" else optim.max_grad_norm
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
-    optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = spoiled  # type: ignore[attr-defined]
+    # Where weights lie on the host, torch's fused AdamW (2.13) copies both there and does not wait for the copies.
+    place = optimizer.param_groups[0]["params"][0].device
+    optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).to(place)  # type: ignore[attr-defined]
+    optimizer.found_inf = spoiled.to(place)  # type: ignore[attr-defined]
     optimizer.number = number  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
