@@ -543,13 +543,13 @@ def _in_training(spread: Spread) -> dict[str, str]:
 
 
 def _while_saving(spread: Spread) -> dict[str, str]:
-    return {"TRAINWORKS_FAIL_AT": f"save.part:3@{spread.ranks - 1}"}
+    return {"TRAINWORKS_FAIL_AT": f"save.rank:3@{spread.ranks - 1}"}
 
 
 def _finetune(bench: Bench, place: str, output: str, spread: Spread, **faults: str) -> Ended:
     """Start a run, or go on with it, as `python -m finetune` does."""
     precision = "bf16" if place == "dropping" else "no"
-    own = {"FAULT": "0:none:none:broken", "ACCELERATE_MIXED_PRECISION": precision} | faults
+    own = {"FAULT": "none:::", "ACCELERATE_MIXED_PRECISION": precision} | faults
     own["TRAINWORKS_CACHE"] = str(bench.folder / place / "cache")
     folder = bench.folder / place / "runs" / output
     folder.mkdir(parents=True, exist_ok=True)
@@ -565,12 +565,12 @@ def _killed(bench: Bench, name: str, spread: Spread, whole: Future[Ended], fault
     run = bench.folder / "dropping" / "runs" / output / "run"
     broken = _finetune(bench, "dropping", output, spread, **faults)
     culprit = spread.ranks - 1
-    if broken.code in (0, None) or not (run / "outcome.json").exists():
+    if broken.code in (0, None) or not (run / "outcome.json").exists() or len(broken.last_seen) < spread.ranks:
         bench.report.failed("resume", f"{name}: the rank that breaks", broken)
         return
     reason = read_outcome(run).reason
     others = [seen for rank, seen in broken.last_seen.items() if rank != culprit]
-    stayed = max(others) - broken.last_seen[culprit] if others and culprit in broken.last_seen else None
+    stayed = max(others) - broken.last_seen[culprit]
     again = _finetune(bench, "dropping", output, spread)
     for ended in (again, whole.result()):
         if ended.code != 0:
@@ -579,7 +579,7 @@ def _killed(bench: Bench, name: str, spread: Spread, whole: Future[Ended], fault
     found: dict[str, Any] = {"reason": reason, "named": f"rank {culprit} (" in reason, "others_stayed": stayed}
     found |= _equality(run.parents[1] / f"{name.partition(',')[0]}-whole" / "run", run)
     who = "named" if found["named"] else f"NOT named ({reason[:200]})"
-    bench.report.add("resume", name, f"{who}, the others out after {stayed or -1:.1f} s; {found['equal']}", **found)
+    bench.report.add("resume", name, f"{who}, the others out after {stayed:.1f} s; {found['equal']}", **found)
 
 
 def _equality(expected: Path, found: Path) -> dict[str, Any]:
@@ -607,10 +607,10 @@ def _moved(bench: Bench, gpus: int, alone: Future[Ended]) -> None:
     half = gpus // 2
     name = f"moved {gpus} -> {half} -> {gpus}"
     few, many = Spread(half, "fsdp2" if half > 1 else "ddp"), Spread(gpus, "fsdp2")
-    for at, spread in ((1.5, many), (3.5, few), (0.0, many)):
-        fault = {"FAULT": f"0:{SAVED + 5 if at else 0}:killed:broken-{at}"} if at else {}
+    for part, spread in enumerate((many, few, many)):
+        fault = {"FAULT": f"0:{SAVED + 5}:killed:broken-{part}"} if part < 2 else {}
         ended = _finetune(bench, "moving", "moved", spread, **fault)
-        if (ended.code == 0) != (at == 0.0):
+        if (ended.code == 0) != (part == 2):
             bench.report.failed("resume", name, ended)
             return
     if alone.result().code != 0:
