@@ -12,11 +12,13 @@ from trainworks.tasks import (
     CausalLM,
     MaskedLM,
     Preference,
+    QuestionAnswering,
     Reward,
     Seq2Seq,
     SequenceClassification,
     SequenceRegression,
     Task,
+    TokenClassification,
 )
 
 __all__ = ["Config"]
@@ -26,7 +28,16 @@ class Config(RunConfig[Task]):
     """A fine-tuning run: a pretrained model, taught a task."""
 
     task: Annotated[
-        SFT | SequenceClassification | SequenceRegression | Seq2Seq | Preference | Reward | CausalLM | MaskedLM,
+        SFT
+        | SequenceClassification
+        | SequenceRegression
+        | TokenClassification
+        | QuestionAnswering
+        | Seq2Seq
+        | Preference
+        | Reward
+        | CausalLM
+        | MaskedLM,
         Field(discriminator="type"),
     ]
     """What is learned: `{type: sft, ...}`, `{type: sequence-classification, ...}`, and so on."""

@@ -94,9 +94,11 @@ def _data(record: RunRecord) -> Iterator[str]:
         lost = sum(split.dropped.values())
         if split.rows and split.dropped and split.samples < split.rows and lost / split.rows > _MUCH_DROPPED:
             yield f"Of the split {text(split.name)}, {lost:,} rows or tokens were left out; the data section says why."
-        largest = max(split.labels.values(), default=0) / max(sum(split.labels.values()), 1)
-        if largest > _LOPSIDED:
-            yield f"The classes of {text(split.name)} are lopsided: one holds {100 * largest:.3g}% of the rows."
+        name, largest = max(split.labels.items(), key=lambda pair: pair[1], default=("", 0))
+        share = largest / max(sum(split.labels.values()), 1)
+        if share > _LOPSIDED:
+            held = f"{text(name)} holds {100 * share:.3g}% of what is labelled"
+            yield f"The classes of {text(split.name)} are lopsided: {held}."
 
 
 def _code(record: RunRecord) -> Iterator[str]:

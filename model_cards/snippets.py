@@ -65,13 +65,65 @@ _ADAPTER_TEXT_TO_TEXT = _TEXT_TO_TEXT.replace(
     "from peft import AutoPeftModelForSeq2SeqLM\nfrom transformers import AutoTokenizer",
 ).replace("= AutoModelFor", "= AutoPeftModelFor")
 
-_WHOLE = dict.fromkeys(("summarization", "translation"), _TEXT_TO_TEXT)
-_ADAPTERS = {
-    "text-generation": _ADAPTER_GENERATION,
-    "text-classification": _ADAPTER_CLASSIFICATION,
-    **dict.fromkeys(_WHOLE, _ADAPTER_TEXT_TO_TEXT),
+_TOKENS = """\
+from transformers import pipeline
+
+model = pipeline({tag}, model={model}, aggregation_strategy="first")
+print(model({example}))"""
+
+_ADAPTER_TOKENS = """\
+from peft import AutoPeftModelForTokenClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({model})
+model = AutoPeftModelForTokenClassification.from_pretrained({model}, num_labels={num_labels})
+given = tokenizer({example}, return_tensors="pt")
+tags = model(**given).logits[0].argmax(-1).tolist()
+labels = {labels}
+print(list(zip(tokenizer.convert_ids_to_tokens(given["input_ids"][0]), [labels[tag] for tag in tags])))"""
+
+# transformers 5 has no pipeline for question answering.
+_ANSWERS = """\
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({model})
+model = AutoModelForQuestionAnswering.from_pretrained({model})
+question = {example}
+context = "The text in which the answer stands."
+given = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)
+places = given.pop("offset_mapping")[0].tolist()
+scores = model(**given)
+inside = [token for token, which in enumerate(given.sequence_ids(0)) if which == 1]
+spans = [(start, end) for start in inside for end in inside if start <= end < start + 30]
+start, end = max(spans, key=lambda span: scores.start_logits[0, span[0]] + scores.end_logits[0, span[1]])
+print(context[places[start][0] : places[end][1]])"""
+
+_ADAPTER_ANSWERS = _ANSWERS.replace(
+    "from transformers import AutoModelForQuestionAnswering, AutoTokenizer",
+    "from peft import AutoPeftModelForQuestionAnswering\nfrom transformers import AutoTokenizer",
+).replace("= AutoModelFor", "= AutoPeftModelFor")
+
+_WHOLE = {
+    "question-answering": _ANSWERS,
+    "token-classification": _TOKENS,
+    **dict.fromkeys(("summarization", "translation"), _TEXT_TO_TEXT),
 }
-_EXAMPLES = {"text-generation": "Once upon a time", "text-classification": "A fine film."}
+"""For tasks that transformers' pipeline does not do, or not in the way that they are trained."""
+_ADAPTERS = {
+    "question-answering": _ADAPTER_ANSWERS,
+    "text-classification": _ADAPTER_CLASSIFICATION,
+    "text-generation": _ADAPTER_GENERATION,
+    "token-classification": _ADAPTER_TOKENS,
+    **dict.fromkeys(("summarization", "translation"), _ADAPTER_TEXT_TO_TEXT),
+}
+_NAMED = (_ADAPTER_CLASSIFICATION, _ADAPTER_TOKENS)
+"""Those that need the names of the classes."""
+_EXAMPLES = {
+    "question-answering": "Where does the answer stand?",
+    "text-classification": "A fine film.",
+    "text-generation": "Once upon a time",
+    "token-classification": "Ada Lovelace was born in London.",
+}
 _CHATS = ("sft", "preference")
 """Tasks whose models answer through a chat template."""
 _QUESTION = "What can you tell me about yourself?"
@@ -85,7 +137,7 @@ def usage(record: RunRecord) -> str:
     plain = _ADAPTERS.get(tag) if adapter else _WHOLE.get(tag, _PIPELINE)
     template = (_ADAPTER_CHAT if adapter else _CHAT) if chat else plain
     labels = _labels(record)
-    if template is None or (template is _ADAPTER_CLASSIFICATION and not labels):
+    if template is None or (template in _NAMED and not labels):
         return ""
     code = template.format(
         tag=_literal(tag),

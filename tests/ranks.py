@@ -61,9 +61,16 @@ def evaluated(folder: str, task: str, output: str, options: dict[str, Any]) -> d
     place = Path(folder)
     config = tiny.config(task, place / "model", place / "rows.jsonl", Path(output), micro=3)
     config = config.model_copy(update={"task": config.task.model_copy(update=options)})
-    report = evaluate(finetune.prepare(config))
+    run = finetune.prepare(config)
+    report = evaluate(run)
     values = {name: [estimate.value, estimate.low, estimate.high] for name, estimate in report.metrics.items()}
-    return {"metrics": values, "samples": [sample.model_dump() for sample in report.samples]}
+    return {
+        "ranks": run.world.ranks,
+        "rows": len(run.validation or ()),
+        "examples": report.num_examples,
+        "metrics": values,
+        "samples": [sample.model_dump() for sample in report.samples],
+    }
 
 
 def file_digest(path: Path) -> str:

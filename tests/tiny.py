@@ -30,6 +30,31 @@ def pair(rng: random.Random) -> dict[str, Any]:
     return {"prompt": sentence(rng, 6), "chosen": sentence(rng, 16), "rejected": f"{sentence(rng, 16)} not"}
 
 
+def tagged(rng: random.Random) -> dict[str, Any]:
+    """Return words and their tags: a colour and the animal behind it are an entity."""
+    words = sentence(rng, 24).split()
+    tags = ["O"] * len(words)
+    for place, word in enumerate(words):
+        if word in ("red", "green"):
+            tags[place] = "B-colour"
+        elif word in ("cat", "dog"):
+            tags[place] = "I-colour" if place and tags[place - 1] == "B-colour" else "B-animal"
+    return {"tokens": words, "ner_tags": tags}
+
+
+def question(rng: random.Random) -> dict[str, Any]:
+    """Return a question for the word after another one; some have no answer, some texts take several parts."""
+    words = ["the", *sentence(rng, 40).split()]
+    place = rng.randrange(len(words) - 1)
+    start = len(" ".join(words[: place + 1])) + 1
+    is_answered = rng.random() < 0.8
+    return {
+        "context": " ".join(words),
+        "question": f"what follows {words[place] if is_answered else 'nothing'}",
+        "answers": {"text": [words[place + 1]] * is_answered, "answer_start": [start] * is_answered},
+    }
+
+
 def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
     """Return ragged rows for a task."""
     rng = random.Random(seed)
@@ -38,6 +63,8 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
         "masked-lm": lambda: {"text": sentence(rng, 40)},
         "seq2seq": lambda: {"source": sentence(rng, 16), "target": sentence(rng, 6)},
         "sft": lambda: {"prompt": sentence(rng, 6), "completion": sentence(rng, 16)},
+        "token-classification": lambda: tagged(rng),
+        "question-answering": lambda: question(rng),
         "sequence-classification": lambda: {"text": sentence(rng, 16), "label": rng.choice(["bad", "good", "so-so"])},
         "sequence-regression": lambda: {"text": sentence(rng, 16), "score": rng.uniform(-1, 1)},
         "preference": lambda: pair(rng),
@@ -53,6 +80,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {"max_length": 128},
     "sequence-classification": {"max_length": 64},
     "sequence-regression": {"max_length": 64},
+    "token-classification": {"max_length": 128},
+    "question-answering": {"max_length": 32, "stride": 6},
     "preference": {"max_length": 128},
     "reward": {"max_length": 128},
 }
@@ -90,6 +119,8 @@ def save_model(folder: Path, task: str, *, dropout: float = 0.0, tied: bool = Fa
 ENCODERS = {
     "sequence-classification": "AutoModel",
     "sequence-regression": "AutoModel",
+    "token-classification": "AutoModel",
+    "question-answering": "AutoModel",
     "masked-lm": "AutoModelForMaskedLM",
 }
 """Tasks that are tried on an encoder, and what the tiny one is saved as."""

@@ -49,11 +49,13 @@ if TYPE_CHECKING:
         CausalLM,
         MaskedLM,
         Preference,
+        QuestionAnswering,
         Reward,
         Seq2Seq,
         SequenceClassification,
         SequenceRegression,
         SimPO,
+        TokenClassification,
     )
     from trainworks.training import fit
 
@@ -92,6 +94,7 @@ __all__ = [
     "Pretrained",
     "Preview",
     "Quantise",
+    "QuestionAnswering",
     "Reward",
     "Run",
     "RunRecord",
@@ -100,6 +103,7 @@ __all__ = [
     "SequenceRegression",
     "SimPO",
     "Speed",
+    "TokenClassification",
     "ToolkitError",
     "TrainStep",
     "evaluate",
@@ -131,7 +135,6 @@ _SCHEMA = (
     "Quantise",
     "Speed",
 )
-
 _TASKS = (
     "DPO",
     "IPO",
@@ -141,11 +144,13 @@ _TASKS = (
     "CausalLM",
     "MaskedLM",
     "Preference",
+    "QuestionAnswering",
     "Reward",
     "Seq2Seq",
     "SequenceClassification",
     "SequenceRegression",
     "SimPO",
+    "TokenClassification",
 )
 
 __getattr__ = exports(

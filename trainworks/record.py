@@ -173,7 +173,7 @@ class SplitFacts(_Fact):
     dropped: dict[str, int] = {}
     """Rows or tokens left out, by reason."""
     labels: dict[str, int] = {}
-    """Rows per class, for classification."""
+    """Rows per class, for classification; words per tag, where words are classified."""
 
 
 class StageFacts(_Fact):

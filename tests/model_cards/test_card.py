@@ -278,6 +278,20 @@ def test_the_snippet_is_python_whatever_the_example_holds(finetuned: RunRecord, 
     assert looked_at == 4
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [("token-classification", "TokenClassification"), ("question-answering", "ForQuestionAnswering.from_pretrained")],
+)
+def test_words_and_answers_have_snippets_of_their_own(tag: str, words: str, tuning: str, finetuned: RunRecord) -> None:
+    model = finetuned.model.model_copy(update={"tuning": tuning})
+    body = model_cards.build(changed(finetuned, task=tag, pipeline_tag=tag, model=model)).body
+    (code,) = re.findall(r"```python\n(.*?)\n```", body, re.DOTALL)
+    compile(code, "snippet", "exec")
+    assert (words in code) or 'pipeline("token-classification"' in code
+    assert ("AutoPeftModel" in code) == (tuning == "lora")
+
+
 def test_metrics_that_are_not_numbers_stay_out_of_the_metadata(finetuned: RunRecord) -> None:
     *earlier, last = finetuned.reports
     broken = last.metrics["loss"].model_copy(update={"value": math.nan})

@@ -37,6 +37,14 @@ DUEL = {"prompt": "a", "chosen": "b", "rejected": "c"}
 TALKS = {"chosen": [ASK, SAY], "rejected": [ASK, SAY | {"content": "a bird"}]}
 SINGLE = {"prompt": "a", "completion": "b", "label": True}
 PLACE = "rows.jsonl:4: row 3 (from 0)"
+WORDS = {"tokens": ["a", "cat"], "ner_tags": ["O", "B-animal"]}
+ASKED = {"question": "who?", "context": "a red cat", "answers": {"text": ["cat"], "answer_start": [6]}}
+TAGGED, ASKING = "token-classification", "question-answering"
+
+
+def answered(text: str, start: int) -> dict[str, Any]:
+    return ASKED | {"answers": {"text": [text], "answer_start": [start]}}
+
 
 FIXTURES = {
     "null text": Fixture(
@@ -103,6 +111,30 @@ FIXTURES = {
     "long pair": Fixture(
         "preference", DUEL | {"prompt": "a dog " * 200}, (PLACE, "too long", "task.too_long: truncate or drop"), DUEL
     ),
+    "null words": Fixture(TAGGED, WORDS | {"tokens": None}, (PLACE, "column 'tokens': null words"), WORDS),
+    "no words": Fixture(TAGGED, {"tokens": [], "ner_tags": []}, (PLACE, "column 'tokens': no words"), WORDS),
+    "words without tags": Fixture(
+        TAGGED, WORDS | {"ner_tags": ["O"]}, (PLACE, "words without tags, 2 words and 1 tags"), WORDS
+    ),
+    "null tag": Fixture(
+        TAGGED, WORDS | {"ner_tags": ["O", None]}, (PLACE, "column 'ner_tags': unknown label; found None"), WORDS
+    ),
+    "no token": Fixture(TAGGED, {"tokens": [""], "ner_tags": ["O"]}, (PLACE, "column 'tokens': no tokens"), WORDS),
+    "null answers": Fixture(ASKING, ASKED | {"answers": None}, (PLACE, "column 'answers': null answers"), ASKED),
+    "empty question": Fixture(ASKING, ASKED | {"question": " "}, (PLACE, "empty question"), ASKED),
+    "empty context": Fixture(ASKING, ASKED | {"context": ""}, (PLACE, "empty context"), ASKED),
+    "answer elsewhere": Fixture(
+        ASKING,
+        answered("cat", 4),
+        (PLACE, "answer at another place, answer_start is 4, the answer stands at 6; found cat; set it to 6"),
+        ASKED,
+    ),
+    "answer nowhere": Fixture(ASKING, answered("dog", 6), (PLACE, "answer not in the context", "found dog"), ASKED),
+    "empty answer": Fixture(ASKING, answered("", 6), (PLACE, "empty answer"), ASKED),
+    "answer without a place": Fixture(
+        ASKING, ASKED | {"answers": {"text": ["cat"], "answer_start": []}}, (PLACE, "answers without places"), ASKED
+    ),
+    "long question": Fixture(ASKING, ASKED | {"question": "who? " * 30}, (PLACE, "question too long"), ASKED),
     "text for messages": Fixture("sft", {"messages": "a cat?"}, (PLACE, "column 'messages': type changes"), TALK),
 }
 
@@ -144,6 +176,16 @@ def test_the_record_says_what_was_left_out_and_where_it_is_listed(name: str, pol
     listings = [Path(listing) for listing in prepared.record.data.listings]
     rows = [json.loads(line) for listing in listings for line in listing.read_text().splitlines()]
     assert [row["row"] for row in rows] == ([3] if policy == "quarantine" else [])
+
+
+def test_an_unknown_tag_is_named_with_those_there_are(tmp_path: Path) -> None:
+    config = run(Fixture(TAGGED, WORDS | {"ner_tags": ["O", "B-plant"]}, (), WORDS), tmp_path)
+    task = config.task.model_copy(update={"labels": ("O", "B-animal")})
+    with pytest.raises(ToolkitError) as caught:
+        read_rows(config.model_copy(update={"task": task}))
+    assert f"{PLACE}, column 'ner_tags': unknown label; found 'B-plant'; the 2 classes are: O, B-animal" in str(
+        caught.value
+    )
 
 
 def test_a_column_that_is_missing_is_named_with_those_there_are(tmp_path: Path) -> None:

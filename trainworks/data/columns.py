@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Kind",
     "class_ids",
+    "class_lists",
     "class_names",
     "class_sets",
     "fingerprint",
@@ -28,7 +29,7 @@ __all__ = [
     "require_columns",
 ]
 
-Kind = Literal["text", "label", "labels", "number", "messages", "any"]
+Kind = Literal["text", "label", "labels", "number", "messages", "words", "answers", "any"]
 
 MAX_CLASSES = 10_000
 _WINDOW = 10_000
@@ -61,12 +62,26 @@ def _is_messages(kind: pa.DataType) -> bool:
     return {"role", "content"} <= {field.name for field in kind.value_type}
 
 
+def _is_words(kind: pa.DataType) -> bool:
+    return _is_list(kind) and _is_text(kind.value_type)
+
+
+def _is_answers(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind):
+        return False
+    held = {field.name: field.type for field in kind}
+    texts, starts = held.get("text", pa.null()), held.get("answer_start", pa.null())
+    return _is_words(texts) and _is_list(starts) and bool(pa.types.is_integer(starts.value_type))
+
+
 _KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "text": (_is_text, "text"),
     "label": (_is_label, "labels (text, whole numbers or classes)"),
     "labels": (_is_labels, "lists of labels (text, whole numbers or classes)"),
     "number": (_is_number, "numbers"),
     "messages": (_is_messages, "messages (a list of objects with role and content)"),
+    "words": (_is_words, "words (a list of texts)"),
+    "answers": (_is_answers, "answers (an object of two lists, text and answer_start)"),
     "any": (lambda kind: True, "anything"),
 }
 
@@ -99,7 +114,7 @@ def rename(rows: Dataset, columns: Mapping[str, str], *, source: str) -> Dataset
 def require_columns(rows: Dataset, wanted: Mapping[str, Kind], *, source: str) -> None:
     """Check that every wanted column is there and holds its kind; one DataError names all that do not, and the mend.
 
-    BadRowsError, over rows of this split, where text or messages are null.
+    BadRowsError, over rows of this split, where what is read as it stands (text, messages, words, answers) is null.
     """
     kinds = {field.name: field.type for field in rows.features.arrow_schema}
     problems = [problem for name, kind in wanted.items() if (problem := _problem(name, kind, kinds, wanted))]
@@ -109,7 +124,7 @@ def require_columns(rows: Dataset, wanted: Mapping[str, Kind], *, source: str) -
     nulls = [
         BadRow(f"null {kind}", "give every row a value there", file=source, row=row, column=name)
         for name, kind in wanted.items()
-        if kind in ("text", "messages")
+        if kind in ("text", "messages", "words", "answers")
         for row in _nulls(rows, name)
     ]
     if nulls:
@@ -168,17 +183,24 @@ def class_ids(rows: Dataset, column: str, names: Sequence[str], *, first: int = 
     values = _labels(rows, column, first)
     spelt = _spelt(rows, column, values, names)
     ids = [spelt[value] for value in values.to_pylist()]
-    _refuse_unknown([row for row, index in enumerate(ids) if index < 0], values, names, column, first)
+    _refuse_unknown({row: values[row].as_py() for row, index in enumerate(ids) if index < 0}, names, column, first)
     return ids
+
+
+def class_lists(rows: Dataset, column: str, names: Sequence[str], *, first: int = 0) -> list[list[int]]:
+    """Return every row's list of labels as indices in `names`; BadRowsError as `class_ids`."""
+    values = _labels(rows, column, first)
+    spelt = _spelt(rows, column, pc.list_flatten(values), names)
+    held = values.to_pylist()
+    lists = [[spelt[value] for value in row] for row in held]
+    wrong = {row: held[row][ids.index(-1)] for row, ids in enumerate(lists) if -1 in ids}
+    _refuse_unknown(wrong, names, column, first)
+    return lists
 
 
 def class_sets(rows: Dataset, column: str, names: Sequence[str], *, first: int = 0) -> list[list[int]]:
     """Return every row's list of labels as indices in `names`, each once and in order; BadRowsError as `class_ids`."""
-    values = _labels(rows, column, first)
-    spelt = _spelt(rows, column, pc.list_flatten(values), names)
-    sets = [sorted({spelt[value] for value in held}) for held in values.to_pylist()]
-    _refuse_unknown([row for row, ids in enumerate(sets) if ids and ids[0] < 0], values, names, column, first)
-    return sets
+    return [sorted({*ids}) for ids in class_lists(rows, column, names, first=first)]
 
 
 def _spelt(rows: Dataset, column: str, values: pa.ChunkedArray, names: Sequence[str]) -> dict[object, int]:
@@ -191,13 +213,11 @@ def _spelt(rows: Dataset, column: str, values: pa.ChunkedArray, names: Sequence[
     }
 
 
-def _refuse_unknown(
-    wrong: Sequence[int], values: pa.ChunkedArray, names: Sequence[str], column: str, first: int
-) -> None:
+def _refuse_unknown(wrong: Mapping[int, object], names: Sequence[str], column: str, first: int) -> None:
     mend = f"the {len(names)} classes are: {listed(names)}"
     problems = [
-        BadRow("unknown label", mend, excerpt=excerpt(repr(values[row].as_py())), row=first + row, column=column)
-        for row in wrong
+        BadRow("unknown label", mend, excerpt=excerpt(repr(value)), row=first + row, column=column)
+        for row, value in wrong.items()
     ]
     if problems:
         raise BadRowsError(problems)

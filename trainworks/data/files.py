@@ -1,4 +1,4 @@
-"""Local files to one Dataset, however large: JSON, CSV, TSV, Parquet, Arrow, plain text; each mistake at its place."""
+"""Local files to one Dataset, however large: JSON, CSV, TSV, Parquet, Arrow, CoNLL, text; each mistake at its place."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from trainworks.data.bad_rows import BadRows, Policy, excerpt
 from trainworks.data.cache import digest, folder
 from trainworks.data.columns import fingerprint, listed
 from trainworks.data.formats.base import ARROW_ERRORS, Chunk, Format, unified
+from trainworks.data.formats.conll import conll_rows
 from trainworks.data.formats.json_rows import json_lines, json_rows
 from trainworks.data.formats.lines import COMPRESSIONS
 from trainworks.data.formats.others import arrow_rows, parquet_rows, text_rows
@@ -50,6 +51,7 @@ READERS: dict[str, Format] = {
     ".csv": Format(separated(","), schema=narrowest),
     ".tsv": Format(separated("\t"), schema=narrowest),
     ".parquet": Format(parquet_rows, compressible=False),
+    ".conll": Format(conll_rows),
     ".txt": Format(text_rows),
     ".arrow": Format(arrow_rows, compressible=False),
 }

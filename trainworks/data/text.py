@@ -55,8 +55,12 @@ def _batches(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str]]:
 
 
 def padded_by_end(tokenizer: Tokenizer) -> Tokenizer:
-    """Return the tokenizer, padding by its end token where it has no token for that; ConfigError where it has
-    neither."""
+    """Return the tokenizer, padding by its end token where it has no token for that; ConfigError where it has neither,
+    or is written in Python, so that it does not tell where tokens stand."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path} is written in Python; one with a tokenizer.json is needed"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ConfigError(

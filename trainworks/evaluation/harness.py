@@ -8,8 +8,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from trainworks.metrics import HuggingFaceMetric, Metric, Prediction
 from trainworks.record import Comparison, Estimate, EvalReport, GoalOutcome, write_json
 from trainworks.run import Run, Statistics
 from trainworks.tasks import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = [
     "compare_with_baselines",
@@ -49,7 +53,7 @@ def evaluate(run: Run, name: str | None = None, *, is_baseline: bool = False) ->
         split="validation",
         step=run.progress.step,
         is_baseline=is_baseline,
-        num_examples=len(rows),
+        num_examples=len(_examples(rows)),
         num_clusters=_num_clusters(run),
         metrics={
             key: estimate(metric, statistics[key][1], clusters=_clusters(run, statistics[key][0]))
@@ -108,7 +112,7 @@ def evaluate_baselines(run: Run) -> list[EvalReport]:
             split="validation",
             step=0,
             is_baseline=True,
-            num_examples=len(rows),
+            num_examples=len(_examples(rows)),
             num_clusters=_num_clusters(run),
             metrics={
                 key: estimate(metrics[key], values, clusters=_clusters(run, numbers))
@@ -216,12 +220,36 @@ def _measure(run: Run) -> Statistics:
     table = np.array(list(losses.values()), dtype=np.float64).reshape(-1, 2)
     mine: Statistics = {key: (np.array(list(losses)), table) for key in run.task.loss_metrics()}
     if run.task.metrics() or run.config.metrics:
-        mine |= _predicted(run, predictions)
+        mine |= _predicted(run, _joined(run, predictions))
     gathered: dict[str, list[Any]] = defaultdict(list)
     for part in run.world.gather(mine):
         for key, statistics in part.items():
             gathered[key].append(statistics)
     return {key: merge(parts) for key, parts in gathered.items()}
+
+
+def _examples(rows: Dataset) -> np.ndarray[Any, Any]:
+    """Return the first row of each example: every row, but where several make one (see `Task.join`)."""
+    if "part" not in rows.column_names:
+        return np.arange(len(rows))
+    return np.flatnonzero(np.asarray(rows.with_format("numpy")["part"][:]) == 0)
+
+
+def _joined(run: Run, said: Mapping[int, Prediction]) -> Mapping[int, Prediction]:
+    """Return the predictions of examples, by the number of each one's first row. All ranks.
+
+    The rows of an example may have come to several ranks: all that was said is gathered, and the examples are dealt
+    round the ranks.
+    """
+    rows = _held_out(run)
+    if "part" not in rows.column_names:
+        return said
+    everything = {row: part for share in run.world.gather(said) for row, part in share.items()}
+    borders = [*_examples(rows).tolist(), len(rows)]
+    examples = list(pairwise(borders))[run.world.rank :: run.world.ranks]
+    return {
+        first: run.task.join([everything[row] for row in range(first, end)], rows[first:end]) for first, end in examples
+    }
 
 
 def _predicted(run: Run, predictions: Mapping[int, Prediction]) -> Statistics:

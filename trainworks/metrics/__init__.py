@@ -1,8 +1,10 @@
 """Metrics: predictions to statistics of single examples, and those to a value; nothing distributed inside."""
 
+from trainworks.metrics.answers import AnswerF1, ExactMatch
 from trainworks.metrics.base import Metric, Prediction, Statistics
 from trainworks.metrics.classification import Accuracy, BinaryF1, MacroF1, MultiLabelF1
 from trainworks.metrics.correlation import Correlation
+from trainworks.metrics.entities import EntityScore, TagAccuracy
 from trainworks.metrics.generation import CorpusScore, Rouge
 from trainworks.metrics.hugging_face import HuggingFaceMetric
 from trainworks.metrics.preference import Mean, PreferenceAccuracy, RewardGap
@@ -10,9 +12,12 @@ from trainworks.metrics.ratio import Ratio
 
 __all__ = [
     "Accuracy",
+    "AnswerF1",
     "BinaryF1",
     "CorpusScore",
     "Correlation",
+    "EntityScore",
+    "ExactMatch",
     "HuggingFaceMetric",
     "MacroF1",
     "Mean",
@@ -24,4 +29,5 @@ __all__ = [
     "RewardGap",
     "Rouge",
     "Statistics",
+    "TagAccuracy",
 ]

@@ -7,11 +7,13 @@ from trainworks.tasks.causal_lm import CausalLM
 from trainworks.tasks.masked_lm import MaskedLM
 from trainworks.tasks.objectives import DPO, IPO, KTO, ORPO, SimPO
 from trainworks.tasks.preference import Preference
+from trainworks.tasks.question_answering import QuestionAnswering
 from trainworks.tasks.reward import Reward
 from trainworks.tasks.seq2seq import Seq2Seq
 from trainworks.tasks.sequence_classification import SequenceClassification
 from trainworks.tasks.sequence_regression import SequenceRegression
 from trainworks.tasks.sft import SFT
+from trainworks.tasks.token_classification import TokenClassification
 
 __all__ = [
     "DPO",
@@ -25,12 +27,14 @@ __all__ = [
     "MaskedLM",
     "Preference",
     "Processor",
+    "QuestionAnswering",
     "Reward",
     "Seq2Seq",
     "SequenceClassification",
     "SequenceRegression",
     "SimPO",
     "Task",
+    "TokenClassification",
 ]
 
 TASKS: dict[str, type[Task]] = {
@@ -42,4 +46,6 @@ TASKS: dict[str, type[Task]] = {
     "seq2seq": Seq2Seq,
     "sequence-classification": SequenceClassification,
     "sequence-regression": SequenceRegression,
+    "token-classification": TokenClassification,
+    "question-answering": QuestionAnswering,
 }

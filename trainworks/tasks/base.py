@@ -72,8 +72,7 @@ class Task(Settings, ABC):
         """The Hub's name of the task."""
 
     def columns(self) -> dict[str, Kind]:
-        """Return the columns it reads, each with its kind (`text`, `label`, `messages`, `any`); checked before a model
-        loads."""
+        """Return the columns it reads, each with its kind, such as `text` or `label`; checked before a model loads."""
         return {}
 
     def flaws(self, rows: Dataset) -> Iterator[BadRow]:
@@ -214,6 +213,15 @@ class Task(Settings, ABC):
     def predict(self, model: PreTrainedModel, batch: Batch, processor: Processor) -> dict[int, Prediction]:
         """Return what the metrics are computed from, by example number."""
         return {}
+
+    def join(self, parts: Sequence[Prediction], rows: Mapping[str, Sequence[Any]]) -> Prediction:
+        """Return the prediction of one example from what `predict` said of each of its prepared rows, in order, and the
+        columns of these.
+
+        Called where `prepare` makes several rows of one example, one after the other, and says which is which: in a
+        column `part`, 0 for the first row of each example. Then `predict` may leave the references to this.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes one row of an example")
 
     def show(self, model: PreTrainedModel, rows: Dataset, processor: Processor) -> tuple[Sample, ...]:
         """Return a few worked examples for people to read. All ranks."""

@@ -16,7 +16,7 @@ from trainworks.errors import ConfigError, DataError, nearest
 from trainworks.metrics import Accuracy, MacroF1, Metric, MultiLabelF1, Prediction
 from trainworks.settings import Name, Rate
 from trainworks.tasks.base import Baseline, Processor
-from trainworks.tasks.text import TextTask
+from trainworks.tasks.text import TextTask, classes, padded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,9 +117,7 @@ class SequenceClassification(TextTask):
     def head(self) -> dict[str, Any]:
         """Return the classes for the model's configuration."""
         return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {name: number for number, name in enumerate(self.labels)},
+            **classes(self.labels),
             **({"problem_type": "multi_label_classification"} if self.multi_label is True else {}),
         }
 
@@ -144,7 +142,7 @@ class SequenceClassification(TextTask):
         labels = torch.zeros(len(rows), len(self.labels))
         for line, row in zip(labels, rows, strict=True):
             line[row["labels"].tolist()] = 1.0
-        return self._padded(rows, processor) | {"labels": labels, "class_weights": torch.tensor(self._weights())}
+        return padded(rows, processor) | {"labels": labels, "class_weights": torch.tensor(self._weights())}
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return what each row's class weighs; where rows have several, the number of classes."""

@@ -13,7 +13,7 @@ from trainworks.data.cache import Prepared, table
 from trainworks.data.columns import Kind
 from trainworks.metrics import Correlation, Metric, Prediction
 from trainworks.tasks.base import Baseline, Processor
-from trainworks.tasks.text import TextTask
+from trainworks.tasks.text import TextTask, padded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ class SequenceRegression(TextTask):
         """Return the model's inputs, [rows, longest], and `labels`, [rows]."""
         import torch
 
-        return self._padded(rows, processor) | {"labels": torch.tensor([float(row["labels"]) for row in rows])}
+        return padded(rows, processor) | {"labels": torch.tensor([float(row["labels"]) for row in rows])}
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return one for each row."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from trainworks.data.loading import Batch, Row
 
-__all__ = ["TextTask"]
+__all__ = ["TextTask", "classes", "padded"]
 
 
 class TextTask(Task, ABC):
@@ -66,17 +66,27 @@ class TextTask(Task, ABC):
         columns["length"] = [len(ids) for ids in encoded["input_ids"]]
         return columns, {"tokens cut": sum(cut)}
 
-    def _padded(self, rows: Sequence[Row], processor: Processor) -> Batch:
-        """Return the model's inputs, [rows, longest]."""
-        import torch
 
-        fills = {
-            "input_ids": processor.pad_token_id,
-            "attention_mask": 0,
-            "token_type_ids": processor.pad_token_type_id,
-        }
-        return {
-            name: torch.from_numpy(pad([row[name] for row in rows], fill))
-            for name, fill in fills.items()
-            if name in rows[0]
-        }
+def padded(rows: Sequence[Row], processor: Processor) -> Batch:
+    """Return the model's inputs of prepared rows, each [rows, longest], filled up on the right."""
+    import torch
+
+    fills = {
+        "input_ids": processor.pad_token_id,
+        "attention_mask": 0,
+        "token_type_ids": processor.pad_token_type_id,
+    }
+    return {
+        name: torch.from_numpy(pad([row[name] for row in rows], fill))
+        for name, fill in fills.items()
+        if name in rows[0]
+    }
+
+
+def classes(labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a model's configuration says of its classes."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: number for number, name in enumerate(labels)},
+    }

@@ -111,13 +111,20 @@ _TASK_TYPES = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForTokenClassification": "TOKEN_CLS",
 }
+_HEADS = {
+    "AutoModelForQuestionAnswering": ["qa_outputs"],
+    "AutoModelForTokenClassification": ["classifier", "score"],
+}
+"""Heads that PEFT trains whole by these tasks' types, and which `all-linear` takes all the same (peft 0.21), so that it
+refuses its own choice; delete once it spares them, as it does those of SEQ_CLS."""
 
 
 def add_lora(tuning: LoRA, model: PreTrainedModel, auto_class: str, new_tokens: Sequence[int]) -> Tuned:
     """Put low-rank updates into the model; ConfigError for what does not fit it."""
     from peft import LoraConfig
 
-    options: dict[str, Any] = {"task_type": _TASK_TYPES.get(auto_class)} | tuning.options
+    spared = {"exclude_modules": _HEADS[auto_class]} if auto_class in _HEADS else {}
+    options: dict[str, Any] = {"task_type": _TASK_TYPES.get(auto_class)} | spared | tuning.options
     targets = (tuning.targets,) if isinstance(tuning.targets, str) else tuning.targets
     _require(model, "tuning.targets", [name for name in targets if name != "all-linear"])
     _require(model, "tuning.options.modules_to_save", options.get("modules_to_save") or ())
