@@ -68,6 +68,9 @@ class Reading(Settings):
     """The split to evaluate on; when absent, `holdout` of the training rows."""
     holdout: Share = 0.05
     """Share of the training rows held out for evaluation when no validation split is named; 0 for none."""
+    layout: Literal["rows", "class-folders", "coco", "voc", "yolo", "masks"] = "rows"
+    """How a local folder is laid out: files of rows, or images in a folder for each class, with boxes as COCO, Pascal
+    VOC or YOLO write them, or with masks in a folder of their own."""
     columns: dict[Name, Name] = {}
     """Rename columns before the task sees them: {task's name: source's name}."""
     limit: Limit = Limit()

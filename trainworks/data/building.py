@@ -159,7 +159,7 @@ class _Preparer:
                 refused += found
                 numbers = np.setdiff1d(numbers, [problem.row for problem in found])
             else:
-                return replace(prepared, refused=tuple(refused))
+                return replace(prepared, refused=(*prepared.refused, *refused))
 
 
 def _numbered(error: BadRowsError) -> Iterator[Any]:

@@ -30,7 +30,7 @@ class Prepared:
     samples: Dataset
     dropped: dict[str, int]
     refused: tuple[BadRow, ...] = ()
-    """Rows that could not be used and were left out, by their numbers in the split."""
+    """What could not be used and was left out, rows or parts of them, by the rows' numbers in the split."""
 
 
 def table(columns: Mapping[str, Any]) -> Dataset:

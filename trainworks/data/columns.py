@@ -23,16 +23,19 @@ __all__ = [
     "class_names",
     "class_sets",
     "fingerprint",
+    "holds_bytes",
     "holds_lists",
     "listed",
     "rename",
     "require_columns",
 ]
 
-Kind = Literal["text", "label", "labels", "number", "messages", "words", "answers", "any"]
+Kind = Literal["text", "label", "labels", "number", "messages", "words", "answers", "image", "any"]
 
 MAX_CLASSES = 10_000
 _WINDOW = 10_000
+_WIDE_WINDOW = 100
+"""Rows that are looked at together; fewer where they hold bytes."""
 _SHOWN = 20
 
 
@@ -74,6 +77,16 @@ def _is_answers(kind: pa.DataType) -> bool:
     return _is_words(texts) and _is_list(starts) and bool(pa.types.is_integer(starts.value_type))
 
 
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return {"bytes", "path"} <= {field.name for field in kind}
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
 _KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "text": (_is_text, "text"),
     "label": (_is_label, "labels (text, whole numbers or classes)"),
@@ -82,6 +95,7 @@ _KINDS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "messages": (_is_messages, "messages (a list of objects with role and content)"),
     "words": (_is_words, "words (a list of texts)"),
     "answers": (_is_answers, "answers (an object of two lists, text and answer_start)"),
+    "image": (_is_image, "images (encoded bytes, or objects with bytes and path)"),
     "any": (lambda kind: True, "anything"),
 }
 
@@ -252,18 +266,25 @@ def fingerprint(*splits: Dataset | pa.Table) -> str:
     digest = hashlib.sha256()
     for rows in splits:
         digest.update(f"split {len(rows)}".encode())
-        for start in range(0, len(rows), _WINDOW):
-            window = _window(rows, start)
+        schema = rows.schema if isinstance(rows, pa.Table) else rows.features.arrow_schema
+        size = _WIDE_WINDOW if holds_bytes(schema) else _WINDOW
+        for start in range(0, len(rows), size):
+            window = _window(rows, start, size)
             for name in sorted(window.column_names):
                 digest.update(f"column {name!a}".encode())
                 _feed(digest, window.column(name).combine_chunks())
     return digest.hexdigest()
 
 
-def _window(rows: Dataset | pa.Table, start: int) -> pa.Table:
+def holds_bytes(schema: pa.Schema) -> bool:
+    """Tell whether a column holds bytes, which may be whole images, so that few rows are many MB."""
+    return any(_is_image(field.type) for field in schema)
+
+
+def _window(rows: Dataset | pa.Table, start: int, size: int) -> pa.Table:
     if isinstance(rows, pa.Table):
-        return rows.slice(start, _WINDOW)
-    return rows.with_format("arrow")[start : start + _WINDOW]
+        return rows.slice(start, size)
+    return rows.with_format("arrow")[start : start + size]
 
 
 def _feed(digest: hashlib._Hash, values: pa.Array | pa.ChunkedArray) -> None:
@@ -286,7 +307,7 @@ def _feed(digest: hashlib._Hash, values: pa.Array | pa.ChunkedArray) -> None:
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         _feed(digest, pc.cast(pc.list_value_length(values), pa.int64()))
         _feed(digest, values.flatten())
-    elif _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    elif _is_text(kind) or _is_bytes(kind):
         digest.update(b"text" if _is_text(kind) else b"bytes")
         _feed_bytes(digest, pc.cast(values, pa.large_binary()))
     elif pa.types.is_primitive(kind) and not pa.types.is_time(kind):  # numpy makes objects of times, with addresses

@@ -19,7 +19,7 @@ __all__ = ["Batch", "Collate", "Row", "Samples", "Window", "evaluation_batches",
 
 Row = dict[str, Any]
 """A prepared row with its `index`, `epoch`, `source`, `seed` and `weight`, and `pack`: the line of the batch it stands
-on. Rows of one line follow one another."""
+on. Rows of one line follow one another. Where rows are paired, `partner` is another one, drawn from the seed."""
 Batch = dict[str, "Tensor"]
 """What a task collates, with `index`, `source` and `weight`, each [original rows]."""
 Collate = Callable[[Sequence[Row]], Batch]
@@ -31,6 +31,8 @@ class Samples:
 
     rows: Dataset
     packs: Packs
+    paired: bool = False
+    """Whether each row brings a partner along."""
 
     def lengths(self) -> Integers | None:
         """Return the tokens of each sample, or None for data that is not counted in tokens."""
@@ -53,13 +55,21 @@ class _Fetched:
         epochs = np.array([key.epoch for key in keys])[owners]
         columns: Mapping[str, Sequence[Any]] = self.samples.rows[numbers]
         own = zip(numbers.tolist(), owners.tolist(), mix(self.seed, epochs, numbers).tolist(), strict=True)
+        partners = self._partners(numbers, epochs) if self.samples.paired else [{}] * len(numbers)
         return [
             {"source": 0}
             | {name: values[place] for name, values in columns.items()}
             | {"index": number, "epoch": keys[line].epoch, "weight": keys[line].weight}
             | {"seed": seed, "pack": line}
+            | partners[place]
             for place, (number, line, seed) in enumerate(own)
         ]
+
+    def _partners(self, numbers: Integers, epochs: Integers) -> list[Row]:
+        """Return each row's partner: a prepared row like it, that depends on nothing but the row's seed."""
+        drawn = mix(self.seed, epochs, numbers, 1) % len(self.samples.rows)
+        columns: Mapping[str, Sequence[Any]] = self.samples.rows[drawn.astype(np.int64)]
+        return [{"partner": {name: values[place] for name, values in columns.items()}} for place in range(len(numbers))]
 
     def __getitem__(self, key: Key) -> list[Row]:
         return self.__getitems__([key])

@@ -17,6 +17,8 @@ from trainworks.data.bad_rows import Policy
 from trainworks.data.cache import table
 from trainworks.data.columns import fingerprint, rename
 from trainworks.data.files import READERS, FileRows, is_readable, read_files, stem
+from trainworks.data.layouts.base import image_files
+from trainworks.data.layouts.reading import read_layout
 from trainworks.data.order import Integers, permuted
 from trainworks.data.places import Origin
 from trainworks.errors import AccessError, DataError, nearest
@@ -167,6 +169,8 @@ def _open(data: Data, source: str) -> _Opened:
     if source == "python-docs":
         return _python_docs(data)
     path = Path(source).expanduser()
+    if data.layout != "rows" and not path.exists():
+        raise DataError(f"data.source: no folder {source}{_nearest_path(path)}; data.layout: {data.layout} is of one")
     if path.exists():
         _refuse_hub_settings(data, source)
         return _local(path, data)
@@ -317,6 +321,9 @@ def _prepared(name: str, subset: str | None, revision: str | None) -> DatasetBui
 
 
 def _local(path: Path, data: Data) -> _Opened:
+    if data.layout != "rows":
+        learned, held = read_layout(path, data.layout, data.train, data.validation, data.bad_rows)
+        return _Opened(learned.rows, None if held is None else held.rows, files=learned, held_files=held)
     if path.is_file():
         only = read_files([path], data.bad_rows)
         return _named_splits({"train": only.rows}, data, str(path))._replace(files=only)
@@ -324,7 +331,8 @@ def _local(path: Path, data: Data) -> _Opened:
         return _saved(path, data)
     files = sorted(file for file in path.rglob("*") if _is_readable(file.relative_to(path)) and file.is_file())
     if not files:
-        raise DataError(f"{path}: no files that can be read; there may be: {', '.join(READERS)}")
+        images = "; of images, say how they are laid out: data.layout" if image_files(path) else ""
+        raise DataError(f"{path}: no files that can be read; there may be: {', '.join(READERS)}{images}")
     names = {file.relative_to(path).as_posix(): file for file in files}
     validation = _matching(names, data.validation or (), f"{path}: data.validation")
     train = _train_files(names, data.train, validation, path)

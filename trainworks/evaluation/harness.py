@@ -202,7 +202,7 @@ def _held_out(run: Run) -> Any:
 
 def _measure(run: Run) -> Statistics:
     """Return every metric's statistics over all ranks, in the order of the examples."""
-    losses: dict[int, tuple[float, float]] = {}
+    losses: dict[int, list[float]] = {}
     predictions: dict[int, Prediction] = {}
     rows = _held_out(run)
     shared = run.coupled(run.evaluation_batches(rows))
@@ -210,14 +210,11 @@ def _measure(run: Run) -> Statistics:
         batch |= shared
         sums, counts = run.passes.losses(batch), run.task.count(batch)
         said = run.step(batch, ask="predict")
-        for index, weight, total, count in zip(
-            *(values.tolist() for values in (batch["index"], batch["weight"], sums["loss"], counts["loss"])),
-            strict=True,
-        ):
-            if weight:
-                losses[index] = (total, count)
+        terms = torch.stack([part[name].double() for name in counts for part in (sums, counts)], dim=1)
+        own = zip(*(values.tolist() for values in (batch["index"], batch["weight"], terms)), strict=True)
+        losses |= {index: values for index, weight, values in own if weight}
         predictions |= {index: prediction for index, prediction in said.items() if index in losses}
-    table = np.array(list(losses.values()), dtype=np.float64).reshape(-1, 2)
+    table = np.array(list(losses.values()), dtype=np.float64).reshape(len(losses), -1)
     mine: Statistics = {key: (np.array(list(losses)), table) for key in run.task.loss_metrics()}
     if run.task.metrics() or run.config.metrics:
         mine |= _predicted(run, _joined(run, predictions))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-__all__ = ["Metric", "Prediction", "Statistics"]
+__all__ = ["Metric", "Prediction", "RankedPrediction", "Statistics"]
 
 Statistics = np.ndarray[Any, np.dtype[Any]]
 
@@ -19,6 +19,13 @@ class Prediction:
 
     prediction: Any
     reference: Any
+
+
+@dataclass(frozen=True)
+class RankedPrediction(Prediction):
+    """A prediction of one class, and how many classes were held to be likelier than the right one."""
+
+    rank: int
 
 
 class Metric(Protocol):

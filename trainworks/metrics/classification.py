@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from trainworks.errors import EvaluationError
-from trainworks.metrics.base import Prediction, Statistics
+from trainworks.metrics.base import Prediction, RankedPrediction, Statistics
 
-__all__ = ["Accuracy", "BinaryF1", "MacroF1", "MultiLabelF1"]
+__all__ = ["Accuracy", "BinaryF1", "MacroF1", "MultiLabelF1", "TopAccuracy"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,34 @@ class Accuracy:
 
     def value(self, statistics: Statistics) -> float:
         """Return the share that is right; NaN of no examples."""
+        return float(statistics[:, 0].mean()) if len(statistics) else float("nan")
+
+
+@dataclass(frozen=True)
+class TopAccuracy:
+    """Count the examples whose reference is among the `top` likeliest classes; it takes RankedPredictions."""
+
+    top: int
+    higher_is_better: ClassVar[bool] = True
+    max_resamples: ClassVar[int] = 10_000
+
+    @property
+    def name(self) -> str:
+        """Such as `top5_accuracy`."""
+        return f"top{self.top}_accuracy"
+
+    def statistics(self, predictions: Sequence[Prediction]) -> Statistics:
+        """Return [examples, 1]: 1 where fewer than `top` classes are likelier than the right one; EvaluationError for
+        predictions without a rank."""
+        hits = []
+        for each in predictions:
+            if not isinstance(each, RankedPrediction):
+                raise EvaluationError(f"{self.name}: these predictions do not say how likely the other classes are")
+            hits.append(each.rank < self.top)
+        return np.array(hits, dtype=np.float64).reshape(-1, 1)
+
+    def value(self, statistics: Statistics) -> float:
+        """Return the share of such examples; NaN of no examples."""
         return float(statistics[:, 0].mean()) if len(statistics) else float("nan")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainworks.metrics.base import Prediction, Statistics
 
-__all__ = ["Ratio"]
+__all__ = ["Ratio", "SumOfRatios"]
 
 _TRANSFORMS: dict[str, Callable[[float], float]] = {"identity": float, "exp": lambda ratio: float(np.exp(ratio))}
 
@@ -43,3 +43,26 @@ class Ratio:
             denominator = statistics[:, 1].sum()
             ratio = statistics[:, 0].sum() / denominator if denominator else np.nan
             return _TRANSFORMS[self.transform](ratio)
+
+
+@dataclass(frozen=True)
+class SumOfRatios:
+    """Add up several terms, each a sum over all examples divided by a count over all examples: a loss of several terms.
+
+    A prediction holds an example's numerators, [terms], a reference its denominators.
+    """
+
+    name: str
+    higher_is_better: bool
+    max_resamples: ClassVar[int] = 10_000
+
+    def statistics(self, predictions: Sequence[Prediction]) -> Statistics:
+        """Return [examples, 2 x terms]: of each term in turn numerator and denominator."""
+        rows = [np.stack([each.prediction, each.reference], axis=1).ravel() for each in predictions]
+        return np.array(rows, dtype=np.float64)
+
+    def value(self, statistics: Statistics) -> float:
+        """Return the sum of the terms' ratios; NaN where a term's denominators sum to zero."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            totals = statistics.sum(axis=0)
+            return float((totals[::2] / totals[1::2]).sum())

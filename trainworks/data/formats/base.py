@@ -27,6 +27,8 @@ class Chunk(NamedTuple):
     """The row of the file that each is, from 0, bad ones counted."""
     lines: NDArray[np.int64] | None = None
     """The line in which each begins, from 1; None in files that have no lines."""
+    files: Sequence[str] = ()
+    """The file of each, where what is read is a folder; none where all stand in the one that is read."""
 
 
 def unified(tables: Sequence[pa.Table | pa.Schema]) -> pa.Schema:

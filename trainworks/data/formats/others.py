@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trainworks.data.bad_rows import BadRow, BadRows, BadRowsError, excerpt
+from trainworks.data.columns import holds_bytes
 from trainworks.data.formats.base import Chunk
 from trainworks.data.formats.lines import whole_text
 from trainworks.data.nesting import DEEPEST, is_deep_schema
@@ -22,6 +23,8 @@ __all__ = ["arrow_rows", "parquet_rows", "text_rows"]
 
 _DOCUMENT_BYTES = 2**30
 _BATCH = 10_000
+_WIDE_BATCH = 200
+"""Rows that are read together; fewer where they hold bytes."""
 
 
 def text_rows(path: Path, bad: BadRows) -> Iterator[Chunk]:
@@ -41,7 +44,8 @@ def parquet_rows(path: Path, bad: BadRows) -> Iterator[Chunk]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, memory_map=True) as file:
-        yield from _checked((pa.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH)), path, bad)
+        size = _WIDE_BATCH if holds_bytes(file.schema_arrow) else _BATCH
+        yield from _checked((pa.Table.from_batches([batch]) for batch in file.iter_batches(size)), path, bad)
 
 
 def arrow_rows(path: Path, bad: BadRows) -> Iterator[Chunk]:
