@@ -10,10 +10,14 @@ from trainworks.schema import Pretrained, RunConfig
 from trainworks.tasks import (
     SFT,
     CausalLM,
+    ImageClassification,
+    MaskedImage,
     MaskedLM,
+    ObjectDetection,
     Preference,
     QuestionAnswering,
     Reward,
+    SemanticSegmentation,
     Seq2Seq,
     SequenceClassification,
     SequenceRegression,
@@ -37,9 +41,13 @@ class Config(RunConfig[Task]):
         | Preference
         | Reward
         | CausalLM
-        | MaskedLM,
+        | MaskedLM
+        | ImageClassification
+        | SemanticSegmentation
+        | ObjectDetection
+        | MaskedImage,
         Field(discriminator="type"),
     ]
-    """What is learned: `{type: sft, ...}`, `{type: sequence-classification, ...}`, and so on."""
+    """What is learned: `{type: sft, ...}`, `{type: image-classification, ...}`, or another task by its type."""
     model: Pretrained
     """The model it begins from."""

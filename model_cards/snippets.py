@@ -123,6 +123,7 @@ _EXAMPLES = {
     "text-classification": "A fine film.",
     "text-generation": "Once upon a time",
     "token-classification": "Ada Lovelace was born in London.",
+    **dict.fromkeys(("image-classification", "image-segmentation", "object-detection"), "image.jpg"),
 }
 _CHATS = ("sft", "preference")
 """Tasks whose models answer through a chat template."""

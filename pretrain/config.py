@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from trainworks.schema import Full, Model, RunConfig
-from trainworks.tasks import CausalLM, MaskedLM
+from trainworks.schema import FromScratch, Full, Model, RunConfig
+from trainworks.tasks import CausalLM, ImageClassification, MaskedImage, MaskedLM, Task
 
 __all__ = ["Config"]
 
 
-class Config(RunConfig[CausalLM | MaskedLM]):
-    """A pretraining run: new weights, or more training of a model on running text."""
+class Config(RunConfig[Task]):
+    """A pretraining run: new weights, or more training of a model on running text or images."""
 
-    task: Annotated[CausalLM | MaskedLM, Field(discriminator="type")]
-    """What is learned: `{type: causal-lm, block: 1024}` or `{type: masked-lm, block: 512}`."""
+    task: Annotated[CausalLM | MaskedLM | MaskedImage | ImageClassification, Field(discriminator="type")]
+    """What is learned: `{type: causal-lm, block: 1024}`, `{type: masked-image}`, and so on."""
     model: Model
     """New weights by `architecture` and `sizes`, or a pretrained model by `name`."""
     tuning: Full = Full()
     """Pretraining trains every weight."""
+
+    @model_validator(mode="after")
+    def _reads(self) -> Self:
+        if isinstance(self.model, FromScratch) and getattr(self.model, self.task.reads) is None:
+            raise ValueError(f"model: task {self.task.type} needs model.{self.task.reads}")
+        return self

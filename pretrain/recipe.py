@@ -9,12 +9,13 @@ from pretrain.config import Config
 from trainworks import models
 from trainworks.data.cache import digest
 from trainworks.errors import ConfigError
+from trainworks.image_models import new_image_processor
 from trainworks.models import initialise, load, load_processor
 from trainworks.preparation import assemble, begin, check_model
 from trainworks.resuming import resume
 from trainworks.run import Run
 from trainworks.samples import Source, equipped, prepare_data, read_rows
-from trainworks.schema import FromScratch, NewTokenizer, Pretrained, RunConfig
+from trainworks.schema import FromScratch, NewImageProcessor, NewTokenizer, Pretrained, RunConfig
 from trainworks.tasks import Processor, Task
 from trainworks.tokenizer_training import trained_tokenizer
 
@@ -42,10 +43,12 @@ def processor_of(config: RunConfig[Any], sources: Sequence[Source]) -> Processor
     model, task = config.model, config.task
     if isinstance(model, Pretrained):
         return models.processor_of(model, task.reads)
+    if isinstance(model.image_processor, NewImageProcessor):
+        return new_image_processor(model.image_processor)
     if isinstance(model.tokenizer, NewTokenizer):
         texts = (text for source in sources for text in source.rows.train[task.text])
         return trained_tokenizer(model.tokenizer, texts, key=digest(*(source.rows.fingerprint for source in sources)))
-    return load_processor(task.reads, model.tokenizer)
+    return load_processor(task.reads, model.image_processor or model.tokenizer or "")
 
 
 def train_tokenizer(config: Config) -> Processor:
@@ -58,5 +61,5 @@ def train_tokenizer(config: Config) -> Processor:
 
 def _model(config: Config, task: Task, processor: Processor) -> Any:
     if isinstance(config.model, FromScratch):
-        return initialise(config.model, task.auto_class, processor, seed=config.seed)
+        return initialise(config.model, task.auto_class, processor, head=task.head(), seed=config.seed)
     return load(config.model, task.auto_class, task.head(), processor, seed=config.seed)

@@ -30,7 +30,7 @@ def train(
     config = tiny.config(
         task,
         place / "model",
-        place / "rows.jsonl",
+        tiny.rows_file(place, task),
         Path(output),
         tuning=tuning,
         micro=micro,

@@ -9,11 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
+from pictures import COLOURS, encode, instances, picture, scene
+from pyarrow import parquet
 
 import finetune
 from trainworks import Batch, Budget, Data, Every, FromScratch, Full, LoRA, Mixture, NewTokenizer, Optim, Pretrained
+from trainworks.image_models import new_image_processor
 from trainworks.models import initialise
+from trainworks.schema import NewImageProcessor
 from trainworks.tasks import TASKS
 from trainworks.tokenizer_training import new_tokenizer
 
@@ -69,8 +74,30 @@ def rows(task: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
         "sequence-regression": lambda: {"text": sentence(rng, 16), "score": rng.uniform(-1, 1)},
         "preference": lambda: pair(rng),
         "reward": lambda: pair(rng),
+        "image-classification": lambda: coloured(rng),
+        "masked-image": lambda: {"image": coloured(rng)["image"]},
+        "object-detection": lambda: boxed(rng),
+        "semantic-segmentation": lambda: masked(rng),
     }[task]
     return [make() for _ in range(number)]
+
+
+def coloured(rng: random.Random) -> dict[str, Any]:
+    """Return an image and its class."""
+    colour = rng.choice(list(COLOURS))
+    return {"image": picture(colour, rng.getrandbits(32), (rng.randint(20, 30), 24)), "label": colour}
+
+
+def boxed(rng: random.Random) -> dict[str, Any]:
+    """Return an image with coloured boxes on it, and those."""
+    image, boxes, colours = scene(rng.getrandbits(32))
+    return {"image": encode(image), "objects": {"bbox": boxes, "category": colours}}
+
+
+def masked(rng: random.Random) -> dict[str, Any]:
+    """Return an image with coloured boxes on it, and their mask."""
+    image, mask = instances(rng.getrandbits(32))
+    return {"image": image, "mask": mask}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -84,6 +111,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "question-answering": {"max_length": 32, "stride": 6},
     "preference": {"max_length": 128},
     "reward": {"max_length": 128},
+    "image-classification": {"augment": {"crop": 0.5, "flip": True, "colour": 0.2, "mixup": 0.4, "cutmix": 0.4}},
+    "masked-image": {"augment": {"crop": 0.5, "flip": True}},
+    "object-detection": {"augment": {"crop": 0.5, "flip": True}},
+    "semantic-segmentation": {"augment": {"crop": 0.5, "flip": True}},
 }
 """Each task's options on these rows; a new task is tested once it has a line here."""
 
@@ -97,16 +128,34 @@ def tokenizer() -> Any:
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+def segformer(dropout: float) -> dict[str, Any]:
+    """Return the sizes of a tiny model that tells the class of each pixel."""
+    lists = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "sr_ratios": [2, 1]}
+    shapes = {"patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16}
+    drops = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
+    return {"num_encoder_blocks": 2, "drop_path_rate": 0.0, **lists, **shapes, **dict.fromkeys(drops, dropout)}
+
+
+DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+
+
 def save_model(folder: Path, task: str, *, dropout: float = 0.0, tied: bool = False) -> Path:
     """Write a tiny model for the task, with its tokenizer, and return the folder."""
     bert = {"max_position_embeddings": 128, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     llama = {"max_position_embeddings": 256, "attention_dropout": dropout, "tie_word_embeddings": tied}
+    vit = {"patch_size": 8, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": dropout}
     sizes: dict[str, tuple[str, dict[str, Any]]] = dict.fromkeys(ENCODERS, ("bert", SIZES | bert))
-    sizes["seq2seq"] = ("t5", t5)
+    sizes |= {
+        "seq2seq": ("t5", t5),
+        "image-classification": ("vit", SIZES | vit),
+        "masked-image": ("vit_mae", SIZES | vit | DECODER),
+        "object-detection": ("yolos", SIZES | vit | {"num_detection_tokens": 6}),
+        "semantic-segmentation": ("segformer", segformer(dropout)),
+    }
     architecture, own_sizes = sizes.get(task, ("llama", SIZES | llama))
-    made = FromScratch(architecture=architecture, sizes=own_sizes, tokenizer="unused")
-    own = tokenizer_for(task)
+    made = FromScratch(architecture=architecture, sizes=own_sizes, **{TASKS[task].reads: "unused"})
+    own = processor(task)
     auto_class = "AutoModel" if task == "reward" else ENCODERS.get(task, TASKS[task].auto_class)
     model = initialise(made, auto_class, own, seed=1)  # the run's own class head is drawn anew
     if task == "seq2seq":
@@ -126,13 +175,27 @@ ENCODERS = {
 """Tasks that are tried on an encoder, and what the tiny one is saved as."""
 
 
+def processor(task: str) -> Any:
+    """Return what turns a task's rows to tensors: the small tokenizer, or an image processor."""
+    reads = TASKS[task].reads
+    return tokenizer_for(task) if reads == "tokenizer" else new_image_processor(NewImageProcessor(size=24))
+
+
 def tokenizer_for(task: str) -> Any:
     """Return the small tokenizer with what the task's needs besides."""
     return TASKS[task](**OPTIONS[task]).equip(deepcopy(tokenizer())) if task == "masked-lm" else tokenizer()
 
 
+def rows_file(folder: Path, task: str) -> Path:
+    """Return where a task's rows stand in a folder: images are no JSON."""
+    return folder / ("rows.jsonl" if TASKS[task].reads == "tokenizer" else "rows.parquet")
+
+
 def save_rows(path: Path, task: str, number: int) -> Path:
-    """Write a task's rows as JSON lines and return the file."""
+    """Write a task's rows, as JSON lines or Parquet by the file's ending, and return the file."""
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows(task, number)), path)
+        return path
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(task, number)), encoding="utf-8")
     return path
 

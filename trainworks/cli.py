@@ -115,15 +115,20 @@ def _preview(
         list[str] | None, typer.Argument(help="Changes to it, as task.learn=last.", metavar="KEY=VALUE")
     ] = None,
     rows: Annotated[int, typer.Option(min=0, help="Rows of each source to show.")] = 3,
+    images: Annotated[Path, typer.Option(help="Folder for pictures of rows that are images.")] = Path("preview"),
 ) -> None:
-    """Show what a run would train on: rows as tokens, those that are learned in colour, and a table by source."""
+    """Show what a run would train on: rows as tokens, those that are learned in colour, and a table by source; or
+    images, as the model sees them, in PNG files."""
 
     def show() -> int:
         settings = _run_config(config, overrides or [])
         from trainworks.preview import Preview
 
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        say(Preview.of(settings, rows=rows).text(colour=colour), sys.stdout)
+        preview = Preview.of(settings, rows=rows)
+        say(preview.text(colour=colour), sys.stdout)
+        for file in preview.save(images) if preview.grids else ():
+            say(str(file), sys.stdout)
         return 0
 
     raise typer.Exit(guarded(show))

@@ -1,4 +1,5 @@
-"""The two halves of a language model: what ends in hidden states, and the head that makes logits of them."""
+"""The parts of a model: what reads its input, its layers, what ends in hidden states, and the head that makes logits of
+them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-__all__ = ["Head", "backbone", "repeated_layers", "states_at", "unknown_head"]
+__all__ = ["Head", "backbone", "embeddings", "repeated_layers", "states_at", "unknown_head"]
 
 _AT_ONCE = 1024
 """Tokens whose logits are held together where only the likeliest is wanted."""
@@ -23,6 +24,16 @@ _AT_ONCE = 1024
 def backbone(model: PreTrainedModel) -> nn.Module:
     """Return the part of a language model that ends in hidden states."""
     inner: nn.Module = model.base_model
+    return inner
+
+
+def embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return what makes the first states of what a model reads, or None where transformers knows no such layer, as of
+    many models of images."""
+    try:
+        inner: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
     return inner
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trainworks.data.cache import digest
 from trainworks.errors import AccessError, ConfigError, Problem, nearest
 from trainworks.heads import backbone
+from trainworks.image_models import encoder_alone, finish, image_sizes
 from trainworks.schema import FromScratch, Pretrained, Quantise
 from trainworks.trust import check_links, check_model, check_processor, inside
 
@@ -29,6 +31,7 @@ __all__ = [
     "load_processor",
     "new_ids",
     "outline",
+    "pad_with",
     "processor_of",
     "revision_of",
     "vocabulary",
@@ -60,6 +63,8 @@ def _check_pretrained(settings: Pretrained) -> None:
 
 def _check_scratch(settings: FromScratch) -> None:
     _check_sizes(settings)
+    if isinstance(settings.image_processor, str) and not _is_folder("model.image_processor", settings.image_processor):
+        _ask_hub(settings.image_processor, "main")
     if isinstance(settings.tokenizer, str) and not _is_folder("model.tokenizer", settings.tokenizer):
         _ask_hub(settings.tokenizer, "main")
 
@@ -174,39 +179,35 @@ def _new_tokens(settings: Pretrained | FromScratch) -> tuple[str, ...]:
 def outline(
     settings: Pretrained | FromScratch, auto_class: str, head: dict[str, Any], processor: Any
 ) -> PreTrainedModel:
-    """Build the model from its configuration alone, on torch's meta device, which takes neither time nor memory.
-
-    ConfigError when there is no such model for the task, or the tokenizer knows more tokens than the model.
-    """
+    """Build the model from its configuration alone, on torch's meta device, which takes neither time nor memory;
+    ConfigError when there is no such model for the task."""
     import torch
     import transformers
 
-    config = _CONFIGURE[type(settings)](settings, head, processor)
+    config = _CONFIGURE[type(settings)](settings, auto_class, head, processor)
     auto: Any = getattr(transformers, auto_class)
     with _refusing("model"), torch.device("meta"), torch.random.fork_rng(devices=[]):
         model: PreTrainedModel = auto.from_config(config)
         if _new_tokens(settings) and len(processor) > vocabulary(model):
             model.resize_token_embeddings(len(processor), mean_resizing=False)
-    embeddings: Any = model.get_input_embeddings().num_embeddings
-    if len(processor) > embeddings:
-        raise ConfigError(
-            f"model: the tokenizer has {len(processor)} tokens, the model {embeddings} embeddings; take the model's "
-            "own tokenizer, or resize its embeddings beforehand (model.resize_token_embeddings)"
-        )
     return model
 
 
-def initialise(settings: FromScratch, auto_class: str, tokenizer: Any, *, seed: int) -> PreTrainedModel:
-    """Build a new model of the architecture and sizes asked for, its weights drawn from `seed`.
+def initialise(
+    settings: FromScratch, auto_class: str, processor: Any, *, seed: int, head: Mapping[str, Any] = MappingProxyType({})
+) -> PreTrainedModel:
+    """Build a new model of the architecture and sizes asked for, its weights drawn from `seed`; `head` goes into its
+    configuration.
 
     Sizes that the architecture does not know are refused, with the nearest spelling.
     """
     import torch
     import transformers
 
-    config = _from_sizes(settings, {}, tokenizer)
+    config = _from_sizes(settings, head, processor)
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, auto_class).from_config(config, dtype=getattr(torch, settings.dtype))
+    finish(model)
     return model
 
 
@@ -231,26 +232,32 @@ def _check_sizes(settings: FromScratch) -> None:
         kind(**settings.sizes)
 
 
-def _from_sizes(settings: FromScratch, head: dict[str, Any], tokenizer: Any) -> PretrainedConfig:
-    """Return the transformers configuration that `settings` describe, with the tokenizer's vocabulary."""
+def _from_sizes(settings: FromScratch, head: Mapping[str, Any], processor: Any) -> PretrainedConfig:
+    """Return the transformers configuration that `settings` describe, with the tokenizer's vocabulary or the image
+    processor's size."""
     from transformers import CONFIG_MAPPING
 
     _check_sizes(settings)
     kind = CONFIG_MAPPING[settings.architecture]
-    # ModernBERT's own numbers for the last two lie outside of a smaller vocabulary.
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", *({"cls_token_id", "sep_token_id"} & {*kind().to_dict()}))
-    ids = {name: getattr(tokenizer, name) for name in names}
+    told = _of_tokenizer(processor, kind) if settings.image_processor is None else image_sizes(processor, kind)
     with _refusing(f"model.sizes: {settings.architecture}"):
-        config: PretrainedConfig = kind(**({"vocab_size": len(tokenizer)} | ids | head | settings.sizes))
+        config: PretrainedConfig = kind(**(told | dict(head) | settings.sizes))
     return config
 
 
-def _from_name(settings: Pretrained, head: dict[str, Any], processor: Any) -> PretrainedConfig:
+def _of_tokenizer(tokenizer: Any, kind: Any) -> dict[str, Any]:
+    # ModernBERT's own numbers for the last two lie outside of a smaller vocabulary.
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", *({"cls_token_id", "sep_token_id"} & {*kind().to_dict()}))
+    return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
+
+
+def _from_name(settings: Pretrained, auto_class: str, head: dict[str, Any], processor: Any) -> PretrainedConfig:
     from transformers import AutoConfig
 
     def read() -> PretrainedConfig:
         check_model(settings.name, settings.revision)
-        config: PretrainedConfig = AutoConfig.from_pretrained(
+        told = _told(settings, auto_class, head)
+        config: PretrainedConfig = told.get("config") or AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=False, **head
         )
         return config
@@ -260,16 +267,17 @@ def _from_name(settings: Pretrained, head: dict[str, Any], processor: Any) -> Pr
 
 
 _CHECKS: dict[type, Callable[[Any], None]] = {Pretrained: _check_pretrained, FromScratch: _check_scratch}
-_CONFIGURE: dict[type, Callable[[Any, dict[str, Any], Any], PretrainedConfig]] = {
+_CONFIGURE: dict[type, Callable[[Any, str, dict[str, Any], Any], PretrainedConfig]] = {
     Pretrained: _from_name,
-    FromScratch: _from_sizes,
+    FromScratch: lambda settings, auto_class, head, processor: _from_sizes(settings, head, processor),
 }
 
 
 def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor: Any, *, seed: int) -> PreTrainedModel:
     """Load weights by Hub name or folder for the task's Auto class.
 
-    `head` goes into the model's configuration, and weights that are not there are drawn from `seed`.
+    `head` goes into the model's configuration, and weights that are not there, or are of other classes, are drawn from
+    `seed`.
 
     Only safetensors are read and no code of the model's repository runs.
     """
@@ -284,21 +292,43 @@ def load(settings: Pretrained, auto_class: str, head: dict[str, Any], processor:
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            **rounding | head,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **rounding | _told(settings, auto_class, head),
         )
 
     rounding = {}
     if settings.quantise is not None:
         rounding = _rounding(settings.quantise, outline(settings, auto_class, head, processor))
     torch.manual_seed(seed)
-    model: PreTrainedModel = _reaching(settings.name, "the weights", read)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = processor.pad_token_id
+    model: PreTrainedModel
+    model, found = _reaching(settings.name, "the weights", read)
+    _check_shapes(settings, model, found["mismatched_keys"])
     if settings.quantise is not None:
         _train_as_it_infers(model)
     if settings.new_tokens:
         _embed(model, new_ids(settings, processor), len(processor))
     return model
+
+
+def _told(settings: Pretrained, auto_class: str, head: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model is loaded with: its head's settings or, for an encoder alone, all of its configuration."""
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(settings.name, revision=settings.revision, trust_remote_code=False)
+    own = None if auto_class == "AutoModelForPreTraining" else encoder_alone(whole, head)
+    return dict(head) if own is None else {"config": own}
+
+
+def _check_shapes(settings: Pretrained, model: PreTrainedModel, differing: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuse weights of other shapes than the model's, but for those that its classes give their first size: they are
+    drawn anew."""
+    classes = len(model.config.id2label or ())
+    if other := [each for each in sorted(differing) if each[2][0] not in (classes, classes + 1)]:
+        name, there, wanted = other[0]
+        raise ConfigError(
+            f"model: the weights of {settings.name}: {name} is {tuple(there)}, and the model wants {tuple(wanted)}"
+        )
 
 
 def _rounding(quantise: Quantise, outline: PreTrainedModel) -> dict[str, Any]:
@@ -354,6 +384,12 @@ def vocabulary(model: PreTrainedModel) -> int:
     """Return how many tokens a model has embeddings for."""
     size: Any = model.get_input_embeddings().num_embeddings
     return int(size)
+
+
+def pad_with(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Tell a model what its tokenizer pads with, where it does not know."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def revision_of(model: PreTrainedModel) -> str | None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trainworks.errors import ConfigError, LaunchError
-from trainworks.heads import backbone
+from trainworks.heads import backbone, embeddings
 from trainworks.schema import FromScratch, Optim, Pretrained
 
 if TYPE_CHECKING:
@@ -164,8 +164,9 @@ def hidden_matrices(model: PreTrainedModel) -> list[Tensor]:
     from torch import nn
 
     body = backbone(model)
-    layers = [part for part in body.modules() if isinstance(part, nn.Embedding)]
-    outside = {id(weight) for part in (*layers, model.get_input_embeddings()) for weight in part.parameters()}
+    first = embeddings(model)
+    layers = [part for part in body.modules() if isinstance(part, nn.Embedding) or part is first]
+    outside = {id(weight) for part in layers for weight in part.parameters()}
     return [weight for weight in body.parameters() if weight.ndim in (2, 3) and id(weight) not in outside]
 
 

@@ -16,7 +16,6 @@ from trainworks.averages import Averages
 from trainworks.bad_steps import Watch
 from trainworks.config import resolved
 from trainworks.data.cache import digest
-from trainworks.data.loading import Samples
 from trainworks.data.order import mix
 from trainworks.environment import command, environment
 from trainworks.errors import ConfigError, LaunchError
@@ -66,6 +65,7 @@ def begin(config: Config) -> World:
 def check_model(config: Config, task: Task, processor: Processor, world: World) -> None:
     """Build the model without its weights, and tune that, so that what does not fit is known before they load."""
     outline = models.outline(config.model, task.auto_class, task.head(), processor)
+    task.suits(outline, processor)
     optim.layer_ratios(config.optim, outline)
     if world.layout.context > 1:
         context.check(outline.config, world.layout.context * world.layout.tensor, task)
@@ -106,11 +106,13 @@ def assemble(
 ) -> Run:
     """Wrap the model for its devices, build optimizer and plan, and open the record. All ranks."""
     _check_sharding(config, world)
+    task.adapt(model, processor)
+    task = task.fitted(model)
     task.verify(model)
     packing = data.packing(config.batch)
     if packing is not None:
         task.verify_packing(model, processor)
-    vocabulary = models.vocabulary(model)
+    longest, logits = task.footprint(data.samples, processor, model)
     if world.context is not None:
         model.to(world.device)  # type: ignore[arg-type]  # where the ranks exchange what is compared
         context.verify(model, world.context)
@@ -119,6 +121,7 @@ def assemble(
     weights = digest(origin, models.head_fingerprint(model)) if task.annotates else origin
     new = models.new_ids(config.model, processor)
     tuned = tuning.tune(config.tuning, model, auto_class=task.auto_class, new_tokens=new)
+    task.settle(model)
     facts = _model_facts(config, model, origin)
     if _compiles(config, world):
         compile_layers(model)
@@ -126,7 +129,7 @@ def assemble(
     step = world.wrap(Step(model, task, processor, rounded=rounded))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.
     torch.manual_seed(int(mix(config.seed, world.share)) % 2**63)
-    micro = _micro(config.batch, data.samples, world, vocabulary)
+    micro = _micro(config.batch, world, longest, logits)
     order = plan(config, data)
     accumulates = world.averaged > 1 or order.per_step > micro
     record = RunRecord(
@@ -195,14 +198,12 @@ _AUTO_LOGITS = 2**29
 """Most logits a device holds at once: about 16 bytes each, with their copies and gradients, so 8 GiB."""
 
 
-def _micro(batch: Batch, samples: Samples, world: World, vocabulary: int) -> int:
+def _micro(batch: Batch, world: World, longest: int, logits: int) -> int:
     """Return the micro-batch: as asked, or what keeps the longest samples, and their logits, within fixed bounds."""
     share = math.ceil(batch.per_step / world.ranks)
     if isinstance(batch.micro, int):
         return min(batch.micro, share)
-    sizes = samples.lengths()
-    longest = 1 if sizes is None else int(sizes.max())
-    tokens = min(_AUTO_TOKENS.get(world.device.type, 8_192), _AUTO_LOGITS // vocabulary) * world.layout.context
+    tokens = min(_AUTO_TOKENS.get(world.device.type, 8_192), _AUTO_LOGITS // logits) * world.layout.context
     return max(1, min(share, tokens // longest))
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from trainworks.data.bad_rows import BadRowsError
-from trainworks.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
     from trainworks.data.templates import Agreement
     from trainworks.samples import Source, SourceSamples
@@ -77,6 +79,14 @@ class SplitTable:
     def described(self) -> dict[str, str]:
         """Return the table's row, by column."""
         same = self.agreement
+        left_out = ", ".join(f"{reason} {n:,}" for reason, n in self.dropped.items()) or "nothing"
+        if not self.tokens:
+            return {
+                "source": self.name,
+                "rows": f"{self.rows:,}",
+                "samples": f"{self.samples:,}",
+                "cut, split or left out": left_out,
+            }
         return {
             "source": self.name,
             "rows": f"{self.rows:,}",
@@ -90,7 +100,7 @@ class SplitTable:
             "prompt as at inference": "no template"
             if same is None
             else _share(same.continued, same.compared, counted=True),
-            "cut, split or left out": ", ".join(f"{reason} {n:,}" for reason, n in self.dropped.items()) or "nothing",
+            "cut, split or left out": left_out,
         }
 
 
@@ -109,6 +119,8 @@ class Preview:
     """By source, how its rows are read."""
     tables: tuple[SplitTable, ...]
     shown: tuple[Shown, ...]
+    grids: Mapping[str, Image] = field(default_factory=dict)
+    """By source and split, images as the model sees them, side by side."""
 
     @classmethod
     def of(cls, config: RunConfig[Any], *, rows: int = 3) -> Preview:
@@ -127,7 +139,17 @@ class Preview:
             tuple(f"{source.name}: {stated}" for source in sources if (stated := source.task.stated())),
             tuple(table for part in parts for table in _tables(part, processor)),
             tuple(shown for source in sources for shown in _shown(source, processor, rows)),
+            dict(drawn for part in parts for drawn in _drawn(part, processor, rows)),
         )
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the grids of images to a folder, as PNG, and return the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for name, image in self.grids.items():
+            files.append(folder / f"{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')}.png")
+            image.save(files[-1])
+        return files
 
     def text(self, *, colour: bool = False) -> str:
         """Return it for a terminal: what is learned in bold green or, without colour, between the marks [[ and ]]."""
@@ -169,11 +191,22 @@ def _tables(part: SourceSamples, processor: Processor) -> Iterator[SplitTable]:
 
 def _sequences(samples: Dataset, task: Task) -> Iterator[list[tuple[Any, Any]]]:
     if "input_ids" not in samples.column_names:
-        raise ConfigError(f"task {task.type} does not train on tokens, so there are none to show")
+        return  # images, which are drawn
     for batch in samples.with_format("numpy").iter(_BATCH):
         columns = [name for name in ("input_ids", "trained") if name in batch]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*map(batch.get, columns), strict=True)]
         yield [(row["input_ids"], task.learned(row)) for row in rows]
+
+
+def _drawn(part: SourceSamples, processor: Processor, number: int) -> Iterator[tuple[str, Image]]:
+    """Draw some images of each split, those of training as they are varied."""
+    from trainworks.tasks.drawing import grid
+
+    for split, prepared in part.splits.items():
+        task = part.source.task
+        images = task.pictures(prepared.samples, processor, number=number, train=split == "train") if number else []
+        if images:
+            yield f"{part.source.name} {split}", grid(images)
 
 
 def _shown(source: Source, processor: Processor, rows: int) -> Iterator[Shown]:
@@ -188,6 +221,8 @@ def _shown(source: Source, processor: Processor, rows: int) -> Iterator[Shown]:
             continue
         samples = [sample for batch in _sequences(prepared.samples, source.task) for sample in batch]
         left_out = ", ".join(f"{reason} {count:,}" for reason, count in prepared.dropped.items())
+        if source.task.reads != "tokenizer":
+            return
         if not samples:
             yield Shown(f"{name}: left out ({left_out})", ())
         for part, (ids, learned) in enumerate(samples, 1):

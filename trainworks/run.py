@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,12 @@ class Step(nn.Module):
         self.task = task
         self.processor = processor
         self.rounded = rounded
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the model into training mode, but for what its task keeps still."""
+        super().train(mode)
+        self.task.settle(self.model)
+        return self
 
     def forward(self, given: Any, *, ask: Literal["loss", "predict", "show", "annotate", "couple"] = "loss") -> Any:
         """Return the loss sums of a batch, or its predictions, or worked examples of some rows, or what the task wants
@@ -140,7 +146,7 @@ class Run:
     @property
     def samples(self) -> Samples:
         """What is trained on."""
-        return Samples(self.train, self.packs)
+        return Samples(self.train, self.packs, self.task.paired())
 
     @property
     def sources(self) -> tuple[str, ...]:

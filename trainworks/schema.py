@@ -38,6 +38,7 @@ __all__ = [
     "Hub",
     "Layout",
     "LoRA",
+    "NewImageProcessor",
     "NewTokenizer",
     "Optim",
     "Peft",
@@ -90,6 +91,21 @@ class NewTokenizer(Settings):
     """A pair seen less often is never merged."""
 
 
+class NewImageProcessor(Settings):
+    """What turns images to numbers for new weights."""
+
+    size: Count = 224
+    """Height and width that every image is brought to, in pixels."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Taken off red, green and blue, from 0 to 1."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """What they are divided by then."""
+
+
+ImageProcessor = Annotated[
+    Annotated[Name, Tag("name")] | Annotated[NewImageProcessor, Tag("new")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "new"),
+]
 Tokenizer = Annotated[
     Annotated[Name, Tag("name")] | Annotated[NewTokenizer, Tag("new")],
     Discriminator(lambda value: "name" if isinstance(value, str) else "new"),
@@ -104,10 +120,18 @@ class FromScratch(Settings):
     sizes: dict[str, Any]
     """Fields of that architecture's configuration (`hidden_size`, `num_hidden_layers`, ...); unknown ones are
     refused."""
-    tokenizer: Tokenizer
-    """A Hub name or folder, or `{vocab_size: N}` to train one on the training text."""
+    tokenizer: Tokenizer | None = None
+    """A Hub name or folder, or `{vocab_size: N}` to train one on the training text; for tasks on text."""
+    image_processor: ImageProcessor | None = None
+    """A Hub name or folder, or `{size: N}` for squares of so many pixels; for tasks on images."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the weights."""
+
+    @model_validator(mode="after")
+    def _reads_one(self) -> Self:
+        if (self.tokenizer is None) == (self.image_processor is None):
+            raise ValueError("give exactly one of tokenizer, image_processor")
+        return self
 
 
 def _model_kind(value: Any) -> str:
@@ -155,7 +179,8 @@ class LoRA(Settings):
     dropout: Share = 0.0
     """Dropout on the adapter's input."""
     targets: Name | tuple[Name, ...] = "all-linear"
-    """`all-linear` (every linear layer but the output head), or the names of the layers to adapt."""
+    """`all-linear` (every linear layer but the output head), `all-layers` (with convolutions), or the names of layers to
+    adapt."""
     options: dict[str, Any] = {}
     """Any other option of `peft.LoraConfig`, by its own name: `use_rslora: true` scales by alpha / sqrt(rank)
     (arXiv:2312.03732), `use_dora: true` trains lengths apart from directions (arXiv:2402.09353), `init_lora_weights:

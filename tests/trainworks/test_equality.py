@@ -26,12 +26,12 @@ def task(request: pytest.FixtureRequest) -> str:
 def folder(task: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp(task)
     tiny.save_model(place / "model", task)
-    tiny.save_rows(place / "rows.jsonl", task, 60)
+    tiny.save_rows(tiny.rows_file(place, task), task, 60)
     return place
 
 
 def curve(folder: Path, task: str, output: Path, **changes: Any) -> list[tuple[float, float]]:
-    run = finetune.prepare(tiny.config(task, folder / "model", folder / "rows.jsonl", output, **changes))
+    run = finetune.prepare(tiny.config(task, folder / "model", tiny.rows_file(folder, task), output, **changes))
     assert run.plan.total % run.plan.per_step, "the last step should be short"
     return [(step.loss.item(), step.grad_norm.item()) for step in train_steps(run)]
 

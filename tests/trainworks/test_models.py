@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import transformers
 
 from trainworks.errors import ConfigError
-from trainworks.tasks import CausalLM
+from trainworks.models import load
+from trainworks.schema import Pretrained
+from trainworks.tasks import CausalLM, ImageClassification
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -77,3 +80,18 @@ def test_a_tokenizer_written_in_python_is_refused_with_what_is_needed() -> None:
     slow = SimpleNamespace(is_fast=False, name_or_path="someone/slow")
     with pytest.raises(ConfigError, match=r"someone/slow is written in Python; one with a tokenizer\.json is needed"):
         CausalLM(block=16).equip(slow)
+
+
+def test_a_masked_autoencoder_lends_its_encoder_to_a_classifier(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", "masked-image")
+    autoencoder = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "model")
+    assert autoencoder.decoder.decoder_pos_embed.abs().max() > 0.5, "positions are drawn, not left at zero"
+    task = ImageClassification(labels=("a", "b", "c"))
+    model = load(
+        Pretrained(str(tmp_path / "model")), task.auto_class, task.head(), tiny.processor("masked-image"), seed=0
+    )
+    assert type(model).__name__ == "ViTForImageClassification"
+    theirs, ours = autoencoder.vit.state_dict(), model.state_dict()
+    shared = {name for name in theirs if f"vit.{name}" in ours}
+    assert len(shared) == len(theirs) == len([name for name in ours if name.startswith("vit.")])
+    assert all(torch.equal(theirs[name], ours[f"vit.{name}"]) for name in shared)

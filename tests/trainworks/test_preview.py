@@ -206,3 +206,19 @@ def test_worked_examples_keep_turns_apart_and_hold_one_answer(tmp_path: Path) ->
     sample = run.step(run.validation, ask="show")[0]
     assert sample.prompt == "<|im_start|>user\na cat<|endoftext|><|im_start|>assistant"
     assert sample.reference == "a dog"
+
+
+@pytest.mark.parametrize("task", [name for name in sorted(tiny.TASKS) if tiny.TASKS[name].reads == "image_processor"])
+def test_images_are_drawn_as_the_model_sees_them(task: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    tiny.save_model(tmp_path / "model", task)
+    tiny.save_rows(tmp_path / "rows.parquet", task, 20)
+    preview = Preview.of(tiny.config(task, tmp_path / "model", tmp_path / "rows.parquet", tmp_path / "run"), rows=4)
+    assert "samples" in preview.text()
+    assert "tokens" not in preview.text()
+    files = preview.save(tmp_path / "drawn")
+    assert len(files) == 2
+    with Image.open(files[0]) as drawn:
+        assert drawn.width >= 2 * 24
+        assert len(drawn.getcolors(100_000) or ()) > 50

@@ -39,6 +39,10 @@ KINDS = {
     "mixed and packed": "sft",
     "causal-lm": "causal-lm",
     "sequence-classification": "sequence-classification",
+    "image-classification": "image-classification",
+    "masked-image": "masked-image",
+    "object-detection": "object-detection",
+    "semantic-segmentation": "semantic-segmentation",
 }
 """What is trained on, and by which task."""
 RESUMES = 5
@@ -100,6 +104,11 @@ OFTEN = [
     Cell("causal-lm", "lora", 1),
     Cell("sequence-classification", "full", 4),
     Cell("sequence-classification", "lora", 1),
+    Cell("image-classification", "full", 4),
+    Cell("image-classification", "lora", 1),
+    Cell("masked-image", "full", 4),
+    Cell("object-detection", "full", 4),
+    Cell("semantic-segmentation", "full", 4),
 ]
 """The cells of every day: each kind and tuning once; starting workers takes seconds, so few have any."""
 

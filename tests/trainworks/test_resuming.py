@@ -24,7 +24,7 @@ Curve = list[tuple[float, float]]
 
 def prepared(folder: Path, task: str, output: Path, *, micro: int = 4, **changes: Any) -> Run:
     return finetune.prepare(
-        tiny.config(task, folder / "model", folder / "rows.jsonl", output, epochs=1.7, micro=micro, **changes)
+        tiny.config(task, folder / "model", tiny.rows_file(folder, task), output, epochs=1.7, micro=micro, **changes)
     )
 
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def lay_out(folder: Path, task: str) -> Path:
     tiny.save_model(folder / "model", task, dropout=0.1)
-    tiny.save_rows(folder / "rows.jsonl", task, 60)
+    tiny.save_rows(tiny.rows_file(folder, task), task, 60)
     return folder
 
 

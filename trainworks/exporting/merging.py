@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainworks.errors import ConfigError
-from trainworks.models import load, load_processor
+from trainworks.models import load, load_processor, pad_with
 from trainworks.schema import Pretrained
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def merge_adapters(adapters: Mapping[str | Path, float], folder: str | Path) -> 
         raise ConfigError(f"{first}: adapters of language models are merged, not of {', '.join(sorted(kinds))}")
     processor = load_processor("tokenizer", first)
     model: Any = load(Pretrained(next(iter(bases))), _AUTO_CLASSES[kinds.pop()], {}, processor, seed=0)
+    pad_with(model, processor)
     for path, weight in adapters.items():
         model = _added(model, str(path), weight)
     model.save_pretrained(folder)

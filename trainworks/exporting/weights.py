@@ -119,6 +119,7 @@ def _write_merged(run: Run, adapter: Path, folder: Path) -> None:
     base = load(run.config.model, run.task.auto_class, run.task.head(), run.processor, seed=run.config.seed)
     if run.config.model.quantise is not None:
         base = dequantised(base)
+    run.task.adapt(base, run.processor)
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     _stopping(merged, run.ends).save_pretrained(folder)
     run.processor.save_pretrained(folder)

@@ -47,9 +47,12 @@ def check(config: PreTrainedConfig, size: int, task: Task) -> None:
     The number of key and value heads does not matter: they are repeated until they divide. Where tensor parallelism
     has divided the heads before, `size` is the product of both.
     """
-    learns_by_token = task.can_pack  # rows that may share a line are learned token by token
-    problems = [] if learns_by_token else [f"task {task.type} does not learn token by token; the size has to be 1"]
-    problems += [*_heads_that_do_not_divide(config, size), *_frequencies_that_move(config)]
+    if not task.can_pack:  # rows that may share a line are learned token by token
+        raise LaunchError(
+            f"{_SETTING}: {size}, {config.model_type}: task {task.type} does not learn token by token; the size has to "
+            "be 1"
+        )
+    problems = [*_heads_that_do_not_divide(config, size), *_frequencies_that_move(config)]
     if undone := without_kernel(config):
         problems.append(f"its attention {undone}, for which there is no kernel without a mask; the size has to be 1")
     if problems:

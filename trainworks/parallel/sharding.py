@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trainworks.heads import repeated_layers
+from trainworks.heads import embeddings, repeated_layers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,7 +61,8 @@ def _parts(step: Step) -> Iterator[nn.Module]:
     """Yield what is gathered by itself: the repeated layers and the embeddings, where they share no weights with what
     is outside of them; torch has such weights in one place only."""
     seen: set[nn.Module] = set()
-    for part in (*repeated_layers(step.model), step.model.get_input_embeddings()):
+    first = embeddings(step.model)
+    for part in (*repeated_layers(step.model), *([first] if first is not None else [])):
         if not seen & {*part.modules()} and not _shares(part, step):
             yield part
             seen |= {*part.modules()}

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from trainworks.errors import LaunchError
+from trainworks.heads import embeddings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,7 +78,7 @@ def _plan(model: PreTrainedModel) -> dict[str, str]:
     experts."""
     whole: dict[str, str] = dict(model.tp_plan or {})
     experts = [name for name, style in whole.items() if style in _EXPERTS]
-    outside = {model.get_input_embeddings(), model.get_output_embeddings()}
+    outside = {embeddings(model), model.get_output_embeddings()}
     named = {name for name, module in model.named_modules() if module in outside}
     return {
         name: style

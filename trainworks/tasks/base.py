@@ -17,18 +17,21 @@ from trainworks.config import Settings
 from trainworks.data.columns import Kind
 from trainworks.data.loading import lengths
 from trainworks.data.text import tokenizer_digest
+from trainworks.errors import ConfigError
 from trainworks.metrics import Metric, Prediction, Ratio
+from trainworks.models import pad_with, vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow
     from datasets import Dataset
+    from PIL.Image import Image
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from trainworks.data.bad_rows import BadRow
     from trainworks.data.cache import Prepared
-    from trainworks.data.loading import Batch, Row
+    from trainworks.data.loading import Batch, Row, Samples
     from trainworks.data.templates import Agreement
     from trainworks.heads import Head
     from trainworks.record import DataFacts, Sample
@@ -119,6 +122,31 @@ class Task(Settings, ABC):
         """Return what a reader of log and card must know of the data it learns from."""
         return ()
 
+    def suits(self, outline: PreTrainedModel, processor: Processor) -> None:
+        """See that a model, which may have no weights yet, and the processor go together; ConfigError when not."""
+        embeddings = vocabulary(outline)
+        if len(processor) > embeddings:
+            raise ConfigError(
+                f"model: the tokenizer has {len(processor)} tokens, the model {embeddings} embeddings; take the "
+                "model's own tokenizer, or resize its embeddings beforehand (model.resize_token_embeddings)"
+            )
+
+    def adapt(self, model: PreTrainedModel, processor: Processor) -> None:
+        """Write to the model's configuration what it should know of the processor, such as the padding token."""
+        pad_with(model, processor)
+
+    def settle(self, model: PreTrainedModel) -> None:
+        """Put back into evaluation mode what stays still in training; nothing by default."""
+
+    def fitted(self, model: PreTrainedModel) -> Self:
+        """Return the task with what only the model can tell filled in, such as how many boxes it predicts."""
+        return self
+
+    def footprint(self, samples: Samples, processor: Processor, model: PreTrainedModel) -> tuple[int, int]:
+        """Return the tokens of the largest sample, and the logits the model makes of each, for a guess at memory."""
+        sizes = samples.lengths()
+        return 1 if sizes is None else int(sizes.max()), vocabulary(model)
+
     def verify(self, model: PreTrainedModel) -> None:
         """Prove on a few tokens what the task takes for granted of the model; ConfigError when it does not hold."""
 
@@ -177,6 +205,11 @@ class Task(Settings, ABC):
         [1], under the same names. No gradient flows through them."""
         raise NotImplementedError(f"{type(self).__name__} couples no rows")
 
+    def paired(self) -> bool:
+        """Tell whether each training row brings another along, as `partner`; drawn from its seed, so that what is made
+        of both does not depend on the micro-batch."""
+        return False
+
     @abstractmethod
     def collate(self, rows: Sequence[Row], processor: Processor, *, train: bool) -> Batch:
         """Stack prepared rows; each row's `seed` is the only source of chance allowed here."""
@@ -187,8 +220,10 @@ class Task(Settings, ABC):
 
         sizes = lengths(rows)
         longest = 0 if sizes is None else int(np.argmax(sizes))
-        row = rows.with_format("numpy")[longest] | {"index": longest, "epoch": 0, "seed": 0, "source": 0, "weight": 1.0}
-        return self.collate([row] * size, processor, train=True)
+        row = rows.with_format("numpy")[longest : longest + 1]
+        only = {name: values[0] for name, values in row.items()}
+        own = {"index": longest, "epoch": 0, "seed": 0, "source": 0, "weight": 1.0, "partner": only}
+        return self.collate([only | own] * size, processor, train=True)
 
     @abstractmethod
     def count(self, batch: Batch) -> dict[str, Tensor]:
@@ -231,8 +266,12 @@ class Task(Settings, ABC):
         """Return the metrics of its predictions."""
         return {}
 
+    def pictures(self, samples: Dataset, processor: Processor, *, number: int, train: bool) -> list[Image]:
+        """Return the first samples drawn as the model sees them; none for rows that are no images."""
+        return []
+
     def loss_metrics(self) -> dict[str, Metric]:
-        """Return the metrics of its loss sums and counts; they exist for every task."""
+        """Return the metrics of its loss sums and counts, of each term in turn; they exist for every task."""
         return {"loss": Ratio("loss", higher_is_better=False)}
 
     def baselines(self, train: Dataset, evaluation: Dataset) -> dict[str, Baseline]:

@@ -44,12 +44,12 @@ DROPPING: dict[str, dict[str, Any]] = {
 
 def lay_out(folder: Path, task: str, **options: Any) -> Path:
     tiny.save_model(folder / "model", task, **options)
-    tiny.save_rows(folder / "rows.jsonl", task, 60)
+    tiny.save_rows(tiny.rows_file(folder, task), task, 60)
     return folder
 
 
 def measured(folder: Path, task: str, output: str, *, apart: bool = False, **changes: Any) -> Measured:
-    config = tiny.config(task, folder / "model", folder / "rows.jsonl", folder / output)
+    config = tiny.config(task, folder / "model", tiny.rows_file(folder, task), folder / output)
     run = finetune.prepare(config.model_copy(update={"budget": Budget(steps=3)} | changes))
     if apart:
         unpack(run)
@@ -197,7 +197,7 @@ def test_packed_rows_that_see_one_another_are_caught(tmp_path: Path, monkeypatch
 
 
 def write_run_file(folder: Path, task: str, **changes: Any) -> str:
-    config = tiny.config(task, folder / "model", folder / "rows.jsonl", folder / "run", **changes)
+    config = tiny.config(task, folder / "model", tiny.rows_file(folder, task), folder / "run", **changes)
     (folder / "run.yaml").write_text(dump(config), encoding="utf-8")
     return str(folder / "run.yaml")
 

@@ -28,8 +28,8 @@ MISTAKES = [
 
 def write_run_file(folder: Path, task: str, *, dropout: float = 0.0, **changes: Any) -> str:
     tiny.save_model(folder / "model", task, dropout=dropout)
-    tiny.save_rows(folder / "rows.jsonl", task, 60)
-    return write(folder, tiny.config(task, folder / "model", folder / "rows.jsonl", folder / "run", **changes))
+    tiny.save_rows(tiny.rows_file(folder, task), task, 60)
+    return write(folder, tiny.config(task, folder / "model", tiny.rows_file(folder, task), folder / "run", **changes))
 
 
 def write(folder: Path, config: RunConfig[Any]) -> str:

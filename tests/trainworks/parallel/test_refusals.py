@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import tiny
 from trainworks import LoRA
 from trainworks.errors import LaunchError
 from trainworks.models import outline
+from trainworks.parallel import context
 from trainworks.parallel.layout import Layout
 from trainworks.parallel.tensor import check
-from trainworks.schema import FromScratch
+from trainworks.schema import FromScratch, Pretrained
+from trainworks.tasks import TASKS
 from trainworks.tuning import rehearse
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,6 +45,17 @@ def made(name: str) -> Any:
 def test_a_model_that_cannot_be_shared_out_so_is_refused(name: str, layout: Layout, mend: str) -> None:
     with pytest.raises(LaunchError, match=mend):
         check(made(name), layout)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, task in TASKS.items() if task.reads == "image_processor"))
+def test_models_of_images_are_refused_by_all_layouts_that_cut_a_model(name: str, tmp_path: Path) -> None:
+    task = TASKS[name](**tiny.OPTIONS[name])
+    model = outline(Pretrained(str(tiny.save_model(tmp_path, name))), task.auto_class, {}, tiny.processor(name))
+    with pytest.raises(LaunchError, match="shard it with FSDP"):
+        check(model, Layout(tensor=2))
+    with pytest.raises(LaunchError, match=f"task {name} does not learn token by token"):
+        context.check(model.config, 2, task)
+    assert task.whole_because() == "its models do not end in a vocabulary head"
 
 
 def test_norms_of_whole_matrices_are_refused() -> None:
