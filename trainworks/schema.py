@@ -179,8 +179,7 @@ class LoRA(Settings):
     dropout: Share = 0.0
     """Dropout on the adapter's input."""
     targets: Name | tuple[Name, ...] = "all-linear"
-    """`all-linear` (every linear layer but the output head), `all-layers` (with convolutions), or the names of layers to
-    adapt."""
+    """`all-linear` (every linear layer but the output head), `all-layers` (with convolutions), or names of layers."""
     options: dict[str, Any] = {}
     """Any other option of `peft.LoraConfig`, by its own name: `use_rslora: true` scales by alpha / sqrt(rank)
     (arXiv:2312.03732), `use_dora: true` trains lengths apart from directions (arXiv:2402.09353), `init_lora_weights:

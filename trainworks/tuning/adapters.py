@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from trainworks.errors import ConfigError, Problem, nearest
+from trainworks.heads import backbone
 from trainworks.schema import FromScratch, LoRA, Peft, Pretrained
 from trainworks.tuning.tuned import Tuned
 
@@ -119,14 +120,45 @@ _HEADS = {
 refuses its own choice; delete once it spares them, as it does those of SEQ_CLS."""
 
 
+_NEW_HEADS = ("AutoModelForImageClassification", "AutoModelForObjectDetection", "AutoModelForSemanticSegmentation")
+"""Of tasks that PEFT has no type for, those whose heads are drawn anew, and so are trained whole."""
+
+
+def _usual_options(model: PreTrainedModel, auto_class: str) -> dict[str, Any]:
+    """Return what PEFT is told of the head: by the type of a task that it knows, or by its parts' names."""
+    if auto_class in _NEW_HEADS:
+        return {"modules_to_save": _heads(model)}
+    spared = {"exclude_modules": _HEADS[auto_class]} if auto_class in _HEADS else {}
+    return {"task_type": _TASK_TYPES.get(auto_class)} | spared
+
+
+_BODY = "backbone"
+"""What transformers calls a model's body that is none of its own base models, as UperNet's."""
+_HEADS_INSIDE = ("class_embed", "enc_score_head")
+"""What it calls the layers that tell classes where these stand inside the body, as RT-DETR's."""
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    """Return the names of what a model has beside its body, and of the layers inside of it that tell classes."""
+    from torch.nn import Linear
+
+    body = backbone(model)
+    beside = [name for name, part in model.named_children() if part is not body and name != _BODY]
+    return [
+        name
+        for name, part in model.named_modules()
+        if (name in beside and [*part.parameters()])
+        or (isinstance(part, Linear) and {*name.split(".")[1:]}.intersection(_HEADS_INSIDE))
+    ]
+
+
 def add_lora(tuning: LoRA, model: PreTrainedModel, auto_class: str, new_tokens: Sequence[int]) -> Tuned:
     """Put low-rank updates into the model; ConfigError for what does not fit it."""
     from peft import LoraConfig
 
-    spared = {"exclude_modules": _HEADS[auto_class]} if auto_class in _HEADS else {}
-    options: dict[str, Any] = {"task_type": _TASK_TYPES.get(auto_class)} | spared | tuning.options
+    options: dict[str, Any] = _usual_options(model, auto_class) | tuning.options
     targets = (tuning.targets,) if isinstance(tuning.targets, str) else tuning.targets
-    _require(model, "tuning.targets", [name for name in targets if name != "all-linear"])
+    _require(model, "tuning.targets", [name for name in targets if name not in _ALL])
     _require(model, "tuning.options.modules_to_save", options.get("modules_to_save") or ())
 
     def config() -> PeftConfig:
@@ -134,7 +166,7 @@ def add_lora(tuning: LoRA, model: PreTrainedModel, auto_class: str, new_tokens: 
             r=tuning.rank,
             lora_alpha=tuning.alpha,  # type: ignore[arg-type]
             lora_dropout=tuning.dropout,
-            target_modules="all-linear" if "all-linear" in targets else list(targets),
+            target_modules=_named(model, targets, options.get("modules_to_save") or ()),
             trainable_token_indices=_rows(model, new_tokens),
             **options,
         )
@@ -142,6 +174,27 @@ def add_lora(tuning: LoRA, model: PreTrainedModel, auto_class: str, new_tokens: 
     tuned = _added(model, config)
     begin = str(options.get("init_lora_weights", True)).lower()
     return replace(tuned, initial=_low_rank(tuned)) if begin.startswith(_FROM_BASE) else tuned
+
+
+_ALL = ("all-linear", "all-layers")
+
+
+def _named(model: PreTrainedModel, targets: Sequence[str], apart: Sequence[str]) -> str | list[str]:
+    """Return the layers to adapt as PEFT takes them: of all of them the linear ones and the convolutions, but for those
+    in groups, into which a low rank does not divide, and what is trained whole, or makes a vocabulary's logits."""
+    if "all-layers" not in targets:
+        return "all-linear" if "all-linear" in targets else list(targets)
+    from torch.nn import Conv2d, Linear
+
+    output = model.get_output_embeddings()
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, Linear | Conv2d)
+        and getattr(part, "groups", 1) == 1
+        and part is not output
+        and not any(f"{name}.".startswith(f"{head}.") for head in apart)
+    ]
 
 
 def _low_rank(tuned: Tuned) -> dict[str, Tensor]:
@@ -160,7 +213,7 @@ def add_peft(tuning: Peft, model: PreTrainedModel, auto_class: str, new_tokens: 
     for key in ("target_modules", "modules_to_save"):
         names = tuning.options.get(key) or ()
         _require(model, f"tuning.options.{key}", () if isinstance(names, str) else names)
-    given = {"peft_type": tuning.method.upper(), "task_type": _TASK_TYPES.get(auto_class)} | tuning.options
+    given = {"peft_type": tuning.method.upper()} | _usual_options(model, auto_class) | tuning.options
     if new_tokens:
         raise ConfigError(
             f"tuning.method: {tuning.method} cannot train the embeddings of model.new_tokens beside it; say tuning: "

@@ -53,8 +53,10 @@ def _stretches(name: str) -> Iterable[str]:
 
 
 def _check_new(model: PreTrainedModel, new_tokens: Sequence[int]) -> None:
+    if not new_tokens:
+        return
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     frozen = {id(layer.weight) for layer in layers if not layer.weight.requires_grad}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in frozen]
-    if new_tokens and names:
+    if names:
         raise ConfigError(f"tuning: {names[0]} is frozen, and with it the embeddings of model.new_tokens; train it")
