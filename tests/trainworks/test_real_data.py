@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from pictures import encode
 
 import finetune
 import pretrain
@@ -16,13 +19,18 @@ from trainworks import (
     Budget,
     CausalLM,
     Data,
+    FromScratch,
+    ImageClassification,
     Limit,
+    NewImageProcessor,
     Optim,
     Pretrained,
     QuestionAnswering,
+    SemanticSegmentation,
     SequenceClassification,
     TokenClassification,
 )
+from trainworks.models import initialise, new_image_processor
 
 pytestmark = [pytest.mark.slow, pytest.mark.data]
 
@@ -137,3 +145,58 @@ def test_minilm_learns_to_answer_the_questions_it_was_shown(shared_data: Path, m
     differences = [c.difference for c in record.comparisons if c.metric in ("exact_match", "f1")]
     assert len(differences) == 2
     assert min(difference.low for difference in differences) > 0.4
+
+
+def digits(folder: Path, train: int, test: int) -> DatasetDict:
+    """Return handwritten digits as PNG, from the files of MNIST."""
+    packed = (
+        gzip.decompress((folder / f"t10k-{name}-ubyte.gz").read_bytes()) for name in ("images-idx3", "labels-idx1")
+    )
+    images, labels = next(packed)[16:], next(packed)[8:]
+    pictures = np.frombuffer(images, np.uint8).reshape(-1, 28, 28)
+    rows = [{"image": encode(picture), "label": label} for picture, label in zip(pictures, labels, strict=True)]
+    return DatasetDict(train=Dataset.from_list(rows[:train]), test=Dataset.from_list(rows[-test:]))
+
+
+def test_a_small_resnet_learns_handwritten_digits(shared_data: Path, tmp_path: Path) -> None:
+    layers = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "layer_type": "basic"}
+    config = pretrain.Config(
+        output=str(tmp_path / "run"),
+        task=ImageClassification(augment={"crop": 0.8}, batch_norm="live"),
+        model=FromScratch(architecture="resnet", sizes=layers, image_processor=NewImageProcessor(size=28)),
+        data=Data(source=digits(shared_data / "img_mnist_t10k", 2000, 500), validation=("test",)),
+        batch=Batch(per_step=64),
+        budget=Budget(epochs=3),
+        optim=Optim(lr=2e-3, schedule="cosine", warmup=0.05, weight_decay=0.05),
+    )
+    final = pretrain.fit(pretrain.prepare(config)).final
+    assert final is not None
+    assert final.metrics["accuracy"].value > 0.9
+
+
+def save_new(folder: Path, model: FromScratch, auto_class: str, size: int) -> Pretrained:
+    """Write a model with new weights, and its image processor, to a folder."""
+    processor = new_image_processor(NewImageProcessor(size=size))
+    initialise(model, auto_class, processor, seed=0).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Pretrained(str(folder))
+
+
+def test_a_small_segformer_finds_nuclei(shared_data: Path, tmp_path: Path) -> None:
+    sizes = {"depths": [1] * 4, "hidden_sizes": [16, 32, 64, 128], "num_attention_heads": [1, 2, 4, 8]}
+    rest = {"decoder_hidden_size": 64, "drop_path_rate": 0.0, "classifier_dropout_prob": 0.0}
+    model = FromScratch(architecture="segformer", sizes=sizes | rest, image_processor="unused")
+    config = finetune.Config(
+        output=str(tmp_path / "run"),
+        task=SemanticSegmentation(holds="instances", augment={"crop": 0.3, "flip": True}, batch_norm="live"),
+        model=save_new(tmp_path / "model", model, "AutoModelForSemanticSegmentation", 128),
+        data=Data(source=str(shared_data / "seg_nuclei_dsb2018"), layout="masks", validation=("test",)),
+        batch=Batch(per_step=8),
+        budget=Budget(steps=120),
+        optim=Optim(lr=2e-3, schedule="cosine", warmup=0.05),
+    )
+    record = finetune.fit(finetune.prepare(config))
+    final = record.final
+    assert final is not None
+    baseline = next(report for report in record.reports if report.name == "commonest class")
+    assert final.metrics["mean_iou"].value > 0.65 > 0.5 > baseline.metrics["mean_iou"].value
