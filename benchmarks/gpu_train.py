@@ -1,12 +1,15 @@
 """Training steps on one GPU: Trainer, Trainer with Liger kernels, TRL, and this package, in one process each.
 
     python benchmarks/gpu_train.py [--shape 1b] [--tuning full] [--batch 4] [--length 4096] [--steps 20] [--json FILE]
+    ... --weights bfloat16 [--moments 8bit]     # no float32 masters; ours rounds at random, the others to the nearest
 
 All train the same random weights (float32 masters, bf16 arithmetic) on the same token ids, with AdamW and clipping to
-1.0, without gradient checkpointing; with `--tuning lora` the frozen weights are bf16 for all. A step's time is what
-passes on the device between two optimizer steps, the first ten left out; nobody is made to wait for the device, and all
-log every ten steps. The rate is the median's. Peak memory is torch's. Contenders whose package is not installed are
-left out, by name. The table ends with how much faster this package is than the best of the others.
+1.0, without gradient checkpointing; with `--tuning lora` the frozen weights are bf16 for all, with `qlora` 4 bits (nf4,
+double quantisation, by bitsandbytes). A step's time is what passes on the device between two optimizer steps, the first
+ten left out; nobody is made to wait for the device, and all log every ten steps. The rate is the median's. MFU counts 6
+operations a weight and token (4 where the weights are frozen) and attention's, over 989 TFLOP/s. Peak memory is
+torch's. `first step` is from the process's start to the end of the first step. Contenders whose package is not
+installed are left out, by name. The table ends with how much faster this package is than the best of the others.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,10 +47,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Llama 3.1 and 3.2 by size, a small mixture of experts, and two for trying scripts on a processor."""
 WARMUP, LOGGED, LR = 10, 10, 1e-5
+PEAK = 989e12
+"""Operations a second of an H100 or H200 in bf16, dense (NVIDIA's data sheet)."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def make(folder: Path, shape: str, length: int, tuning: str = "full") -> None:
+def make(folder: Path, shape: str, length: int, dtype: str = "float32") -> None:
     """Write a model of random weights with a tokenizer, which no contender needs but all load."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -56,7 +63,7 @@ def make(folder: Path, shape: str, length: int, tuning: str = "full") -> None:
     config = configuration(shape, length)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=held_in(tuning))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     new_tokenizer(NewTokenizer(vocab_size=300), ["the quick brown fox"]).save_pretrained(folder)
 
@@ -85,10 +92,15 @@ class Clock:
         self.warmup = warmup
         self.ends: list[Any] = []
         self.losses: list[float] = []
+        self.first = 0.0
 
     def tick(self) -> None:
         import torch
 
+        if not self.ends:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.first = time.time() - psutil.Process().create_time()
         if not torch.cuda.is_available():
             self.ends.append(time.perf_counter())
             return
@@ -104,7 +116,7 @@ class Clock:
         pairs = zip(self.ends[self.warmup : -1], self.ends[self.warmup + 1 :], strict=True)
         steps = [before.elapsed_time(after) / 1000 if on_gpu else after - before for before, after in pairs]
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-        return {"seconds": steps, "peak_bytes": peak, "losses": self.losses}
+        return {"seconds": steps, "peak_bytes": peak, "losses": self.losses, "first_seconds": self.first}
 
 
 def arguments(args: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -126,15 +138,30 @@ def arguments(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "optim": "adamw_torch_fused",
+        "optim": "adamw_8bit" if args.moments == "8bit" else "adamw_torch_fused",
     }
 
 
-def held_in(tuning: str) -> Any:
+def held_in(args: argparse.Namespace) -> str:
     """Return the type that weights are held in; a frozen model's are not summed up to."""
-    import torch
+    return args.weights or ("float32" if args.tuning == "full" else "bfloat16")
 
-    return torch.bfloat16 if tuning == "lora" else torch.float32
+
+def loaded(args: argparse.Namespace) -> Any:
+    """Return the model as Trainer and TRL are given it, and the adapter's configuration if there is one."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    how = {"quantization_config": four, "device_map": {"": 0}} if args.tuning == "qlora" else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=held_in(args), **how)
+    return model, None if args.tuning == "full" else LoraConfig(task_type="CAUSAL_LM", **LORA)
 
 
 def callback(clock: Clock) -> Any:
@@ -154,12 +181,12 @@ def callback(clock: Clock) -> Any:
 
 def trainer(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
     """Train with Transformers' Trainer."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments, default_data_collator
 
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=held_in(args.tuning))
-    if args.tuning == "lora":
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    model, adapter = loaded(args)
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         told = TrainingArguments(**arguments(args, folder), use_liger_kernel=liger)
@@ -171,11 +198,10 @@ def trainer(args: argparse.Namespace, *, liger: bool = False) -> dict[str, Any]:
 
 def trl(args: argparse.Namespace, *, liger: bool = False, ranks: int = 1, warmup: int = WARMUP) -> dict[str, Any]:
     """Train with TRL's SFTTrainer, on rows that are token ids already."""
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=held_in(args.tuning))
+    model, adapter = loaded(args)
     clock = Clock(warmup)
     with tempfile.TemporaryDirectory() as folder:
         told = SFTConfig(**arguments(args, folder), max_length=args.length, use_liger_kernel=liger)
@@ -184,34 +210,37 @@ def trl(args: argparse.Namespace, *, liger: bool = False, ranks: int = 1, warmup
             told,
             train_dataset=rows(args, ranks).remove_columns(["labels"]),
             processing_class=AutoTokenizer.from_pretrained(args.model),
-            peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if args.tuning == "lora" else None,
+            peft_config=adapter,
             callbacks=[callback(clock)],
         ).train()
     return clock.result()
 
 
-def ours(args: argparse.Namespace, *, compiled: bool = True) -> dict[str, Any]:
+def ours(args: argparse.Namespace, *, compiled: bool = True, **changes: Any) -> dict[str, Any]:
     """Train with this package, as a run of its own would."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        follow(run_config(args, folder, compiled=compiled), clock)
+        follow(run_config(args, folder, compiled=compiled, **changes), clock)
     return clock.result()
 
 
 def run_config(args: argparse.Namespace, folder: str, *, compiled: bool = True, ranks: int = 1, **changes: Any) -> Any:
     """Return the run that is timed; `changes` are fields of its configuration."""
     import finetune
-    from trainworks import SFT, Batch, Budget, Data, Full, LoRA, Optim, Pretrained, Speed
+    from trainworks import SFT, Batch, Budget, Data, Full, LoRA, Optim, Pretrained, Quantise, Speed
 
+    dtype = held_in(args)
+    rounding = "stochastic" if args.tuning == "full" and dtype == "bfloat16" else "nearest"
+    four = Quantise(bits=4) if args.tuning == "qlora" else None
     settings = {
         "output": f"{folder}/run",
         "task": SFT(format="tokens", max_length=args.length),
-        "model": Pretrained(str(args.model), dtype="bfloat16" if args.tuning == "lora" else "float32"),
-        "tuning": LoRA(rank=16, alpha=32.0) if args.tuning == "lora" else Full(),
+        "model": Pretrained(str(args.model), dtype=dtype, quantise=four),
+        "tuning": Full() if args.tuning == "full" else LoRA(rank=16, alpha=32.0),
         "data": Data(source=rows(args, ranks), holdout=0.0),
         "batch": Batch(per_step=args.batch, micro=args.batch),
         "budget": Budget(steps=args.steps),
-        "optim": Optim(lr=LR, schedule="constant", betas=(0.9, 0.999)),
+        "optim": Optim(lr=LR, schedule="constant", betas=(0.9, 0.999), moments=args.moments, rounding=rounding),
         "speed": Speed(compile="auto" if compiled else "off"),
     }
     return finetune.Config(**settings | changes)
@@ -230,13 +259,14 @@ def follow(config: Any, clock: Clock) -> None:
             clock.losses.append(sum(loss.item() for loss in losses[-LOGGED:]) / LOGGED)
 
 
-CONTENDERS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, bool], tuple[str, ...]]] = {
+CONTENDERS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any], tuple[str, ...]]] = {
     "Trainer": (trainer, {}, ()),
     "Trainer + Liger": (trainer, {"liger": True}, ("liger_kernel",)),
     "TRL": (trl, {}, ("trl",)),
     "TRL + Liger": (trl, {"liger": True}, ("trl", "liger_kernel")),
     "Trainworks": (ours, {}, ()),
     "Trainworks, eager": (ours, {"compiled": False}, ()),
+    "Trainworks, deterministic": (ours, {"deterministic": True, "speed": {"compile": "on"}}, ()),
 }
 """Who trains, with what options, and which packages that takes."""
 
@@ -256,37 +286,61 @@ def alone(name: str, args: argparse.Namespace, script: str = __file__, **environ
         return value
 
 
-def show(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print the table, and the ratio to the best other as the last line."""
-    rates = {}
-    for name, result in results.items():
-        if "failed" in result:
-            print(f"{name:<18} failed: {result['failed'][0][:150]}")
-            continue
-        seconds = statistics.median(result["seconds"])
-        rates[name] = args.batch * args.length / seconds
-        spread = (max(result["seconds"]) - min(result["seconds"])) / seconds
-        print(
-            f"{name:<18} {rates[name]:9,.0f} tok/s  {1000 * seconds:7.1f} ms a step (spread {100 * spread:.0f}%)  "
-            f"{result['peak_bytes'] / 2**30:5.1f} GiB  loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
-        )
-    others = [rate for name, rate in rates.items() if not name.startswith("Trainworks")]
-    if others and "Trainworks" in rates:
-        print(f"{rates['Trainworks'] / max(others):.2f}x")
+def operations(args: argparse.Namespace) -> float:
+    """Return the operations that a token takes, forward and back: matrices, and attention to half the row."""
+    shape = SHAPES[args.shape]
+    width, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
+    head = shape.get("head_dim", width // heads)
+    attention = width * head * 2 * (heads + shape["num_key_value_heads"])
+    weights = layers * (attention + 3 * width * shape["intermediate_size"]) + width * shape["vocab_size"]
+    return (6 if args.tuning == "full" else 4) * weights + 6 * layers * heads * head * args.length
+
+
+def line(name: str, result: dict[str, Any], args: argparse.Namespace) -> str:
+    """Return what a contender did, for the table."""
+    if "failed" in result:
+        return f"{name:<25} failed: {result['failed'][0][:150]}"
+    seconds = statistics.median(result["seconds"])
+    rate = args.batch * args.length / seconds
+    spread = (max(result["seconds"]) - min(result["seconds"])) / seconds
+    return (
+        f"{name:<25} {rate:9,.0f} tok/s  {1000 * seconds:7.1f} ms a step (spread {100 * spread:.0f}%)  "
+        f"MFU {100 * rate * operations(args) / PEAK:4.1f}%  {result['peak_bytes'] / 2**30:5.1f} GiB  "
+        f"first step {result['first_seconds']:5.1f} s  "
+        f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
+    )
+
+
+def write(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Write what contenders did so far, with the machine, the versions and the settings."""
+    from importlib.metadata import version
+
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
+    names = ("shape", "tuning", "weights", "moments", "batch", "length", "steps")
+    settings = {name: getattr(args, name) for name in names}
+    said = {"device": device, "results": results, "versions": versions, "settings": settings}
+    args.json.write_text(json.dumps(said, indent=1) + "\n")
 
 
 def main() -> None:
     """Run every contender in turn, and print and write what they did."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--tuning", choices=("full", "lora"), default="full")
+    parser.add_argument("--tuning", choices=("full", "lora", "qlora"), default="full")
+    parser.add_argument(
+        "--weights", choices=("float32", "bfloat16"), help="float32 where all are trained, else bfloat16"
+    )
+    parser.add_argument("--moments", choices=("float32", "bfloat16", "8bit"), default="float32")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help="where the model lies or is to lie; a temporary folder by default")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -294,22 +348,20 @@ def main() -> None:
         args.out.write_text(json.dumps(train(args, **options)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        args.model = Path(folder)
-        make(args.model, args.shape, args.length, args.tuning)
-        results = {}
+        args.model = args.model or Path(folder)
+        if not (args.model / "config.json").exists():
+            make(args.model, args.shape, args.length, held_in(args))
+        results: dict[str, dict[str, Any]] = {}
         for name in args.contenders:
             missing = [package for package in CONTENDERS[name][2] if find_spec(package) is None]
             results[name] = {"failed": [f"{', '.join(missing)} is not installed"]} if missing else alone(name, args)
-    if args.json:
-        from importlib.metadata import version
-
-        import torch
-
-        said = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "results": results}
-        versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
-        settings = {key: getattr(args, key) for key in ("shape", "tuning", "batch", "length", "steps")}
-        args.json.write_text(json.dumps(said | {"versions": versions, "settings": settings}, indent=1) + "\n")
-    show(results, args)
+            print(line(name, results[name], args), flush=True)
+            if args.json:
+                write(results, args)
+    done = {name: statistics.median(found["seconds"]) for name, found in results.items() if "seconds" in found}
+    others = [seconds for name, seconds in done.items() if not name.startswith("Trainworks")]
+    if others and "Trainworks" in done:
+        print(f"{min(others) / done['Trainworks']:.2f}x")
 
 
 if __name__ == "__main__":

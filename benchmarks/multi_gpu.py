@@ -430,7 +430,7 @@ def _made(bench: Bench, work: Work) -> bool:
     """Write a model in a process of its own; in bf16, from which float32 weights are made, too."""
     import layouts
 
-    told = f"pathlib.Path({str(_model(bench, work))!r}), {work.shape!r}, 131072, 'lora'"
+    told = f"pathlib.Path({str(_model(bench, work))!r}), {work.shape!r}, 131072, 'bfloat16'"
     code = f"import pathlib, gpu_train; gpu_train.make({told})"
     ended = bench.machine.run(["-c", code], layouts.ONE, bench.folder / f"{work.shape}.log")
     if ended.code != 0:
@@ -442,7 +442,14 @@ def _time(bench: Bench, piece: Timed, first: int = 0) -> None:
     work, args = piece.work, bench.args
     folder = bench.folder / "timed" / re.sub(r"\W+", "-", piece.name)
     told = {"piece": piece.who, "model": str(_model(bench, work)), "folder": str(folder), "compiled": args.compiled}
-    told |= {"tuning": work.tuning, "batch": work.batch, "length": work.length, "per_step": piece.per_step}
+    told |= {
+        "weights": None,
+        "moments": "float32",
+        "tuning": work.tuning,
+        "batch": work.batch,
+        "length": work.length,
+        "per_step": piece.per_step,
+    }
     told |= {"micro": piece.micro, "warmup": args.warmup, "steps": args.warmup + args.steps + 1}
     precision = "bf16" if bench.machine.on_gpu else "no"
     ended = bench.piece(piece.name, told, piece.spread, first=first, ACCELERATE_MIXED_PRECISION=precision)

@@ -45,7 +45,7 @@ def accelerate(args: Namespace) -> dict[str, Any]:
 
     regions = TorchDynamoPlugin(backend="inductor", use_regional_compilation=True) if args.compiled else None
     accelerator = Accelerator(dynamo_plugin=regions)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=held_in(args.tuning))
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=held_in(args))
     if args.tuning == "lora":
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
     trained = [weight for weight in model.parameters() if weight.requires_grad]

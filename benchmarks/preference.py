@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu_train import LORA, LR, SHAPES, Clock, alone, arguments, callback, follow, held_in, make
+from gpu_train import LR, SHAPES, Clock, alone, arguments, callback, follow, held_in, loaded, make
 
 BETA = 0.1
 
@@ -56,11 +56,10 @@ def finished(clock: Clock, begun: float) -> dict[str, Any]:
 def trl(args: argparse.Namespace, begun: float, *, ahead: bool = False, liger: bool = False) -> dict[str, Any]:
     """Train with TRL's DPOTrainer."""
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=held_in(args.tuning))
+    model, adapter = loaded(args)
     rows = [
         {"prompt": [{"role": "user", "content": row["prompt"]}]}
         | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
@@ -80,7 +79,7 @@ def trl(args: argparse.Namespace, begun: float, *, ahead: bool = False, liger: b
             args=told,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(args.model),
-            peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if args.tuning == "lora" else None,
+            peft_config=adapter,
             callbacks=[callback(clock)],
         ).train()
     return finished(clock, begun)
@@ -98,7 +97,7 @@ def ours(args: argparse.Namespace, begun: float, *, compiled: bool = True) -> di
         config = finetune.Config(
             output=f"{folder}/run",
             task=Preference(objective=DPO(beta=BETA), max_length=2 * (args.prompt + args.answer)),
-            model=Pretrained(str(args.model), dtype="bfloat16" if args.tuning == "lora" else "float32"),
+            model=Pretrained(str(args.model), dtype=held_in(args)),
             tuning=LoRA(rank=16, alpha=32.0) if args.tuning == "lora" else Full(),
             data=Data(source=Dataset.from_list(pairs(args)), holdout=0.0),
             batch=Batch(per_step=args.batch, micro=args.batch),
@@ -153,6 +152,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=256)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--json", type=Path)
+    parser.set_defaults(weights=None, moments="float32")
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -168,7 +168,7 @@ def main() -> None:
     args.precision = "bf16" if on_gpu else "no"
     with tempfile.TemporaryDirectory() as folder:
         args.model = Path(folder)
-        make(args.model, args.shape, 4 * (args.prompt + args.answer), args.tuning)
+        make(args.model, args.shape, 4 * (args.prompt + args.answer), held_in(args))
         results = {}
         for name in args.contenders:
             missing = [package for package in CONTENDERS[name][2] if find_spec(package) is None]
