@@ -12,6 +12,8 @@ speed: steps as in `gpu_train.py`, each GPU with the same tokens a step in every
 accelerate's own FSDP2 and against TRL. MFU counts model FLOPs (`trainworks.cost.flops_per_token`, and the experts that
 a token goes through); efficiency is a GPU's rate over that of one GPU alone.
 
+launch: a short run with each hardware file of configs/accelerate that suits the GPUs, by accelerate's launcher.
+
 resume: 50 steps with `deterministic: true` and dropout, a rank killed in training, and one while saving: who is named,
 how long the others stay, and whether the next start ends with the same bits; and a run that moves from all GPUs to half
 of them and back, in float32 without dropout, against one that never moved.
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -47,6 +50,8 @@ RANK = Path(__file__).with_name("multi_gpu_rank.py")
 FIXED = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off in every process: not every host that lends its GPUs allows it."""
 ONE = "1 GPU"
+Begun = dict[str, "Future[Any]"]
+"""Pieces that were begun, by name."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,13 @@ class Report:
             os.replace(new, self.path)
             print(f"[{time.monotonic() - self._begun:5.0f} s] {part}: {name}: {said}", flush=True)
 
+    def settle(self, part: str, begun: Begun) -> None:
+        """Wait for pieces, and keep and print what this script itself could not do with them."""
+        for name, piece in begun.items():
+            if error := piece.exception():
+                said = f"{type(error).__name__}: {str(error)[:300]}"
+                self.add(part, name, f"failed: {said}", failed=said)
+
     def failed(self, part: str, name: str, ended: Ended) -> None:
         """Keep and print that a piece failed."""
         self.add(part, name, f"failed: {ended.failure['failed']}", seconds=round(ended.seconds, 1), **ended.failure)
@@ -266,7 +278,7 @@ class Bench:
 # Parity
 
 
-def parity(bench: Bench, pool: ThreadPoolExecutor) -> list[Future[None]]:
+def parity(bench: Bench, pool: ThreadPoolExecutor) -> Begun:
     """Begin to train the small models in every layout, and to compare them with one GPU."""
     import layouts
 
@@ -274,80 +286,70 @@ def parity(bench: Bench, pool: ThreadPoolExecutor) -> list[Future[None]]:
     (place / "runs").mkdir(parents=True)
     layouts.prepare(place)
     expected = pool.submit(_trained, bench, ONE, layouts.ONE)
-    others = pool.submit(_trained, bench, f"{ONE}, micro 4", layouts.ONE, 4)
-    own = pool.submit(_differs_from_itself, bench, expected, others)
-    wanted = bench.args.layouts or list(layouts.SPREADS)
-    spreads = {name: layouts.SPREADS[name] for name in wanted if name in layouts.SPREADS}
-    fitting = {name: spread for name, spread in spreads.items() if spread.ranks <= max(bench.args.gpus)}
-    return [own, *(pool.submit(_compared, bench, name, spread, expected, own) for name, spread in fitting.items())]
+    other = pool.submit(_trained, bench, OTHER, layouts.ONE, micro=8)
+    own = pool.submit(_differs_from_itself, bench, expected, other)
+    begun: Begun = {f"{ONE}, bf16 against itself": own}
+    most = max(bench.args.gpus)
+    spreads = layouts.SPREADS | ({OFFLOADED: layouts.SPREADS["FSDP2 2"]} if bench.machine.on_gpu else {})
+    for name, spread in spreads.items():
+        if spread.ranks <= most and name in (bench.args.layouts or spreads):
+            begun[name] = pool.submit(_compared, bench, name, spread, expected, own)
+    return begun
 
 
-def _cases(bench: Bench, name: str) -> list[tuple[str, str]]:
-    import layouts
-
-    every = [(model, tuning) for model in layouts.MODELS for tuning in bench.args.tunings]
-    return [case for case in every if (name, case[0]) not in layouts.REFUSED]
-
-
-def _trained(bench: Bench, name: str, spread: Spread, micro: int = 2) -> dict[str, Any]:
-    """Train the small models in a layout; return the curves by precision, nothing where it failed."""
-    told = {"piece": "parity", "folder": str(bench.folder / "parity"), "name": name, "cases": _cases(bench, name)}
-    told |= {
-        "precisions": PRECISIONS,
-        "micro": micro,
-        "steps": bench.args.parity_steps,
-        "compiled": bench.args.parity_compiled,
-    }
-    ended = bench.piece(f"parity {name}", told, spread)
-    if ended.code != 0:
-        bench.report.failed("parity", name, ended)
-        return {}
-    found: dict[str, Any] = bench.result(f"parity {name}", spread.ranks)[0]
-    return found | {"seconds": ended.seconds}
-
-
+OTHER = f"{ONE}, other micro-batches"
+OFFLOADED = "FSDP2 2, offloaded"
 PRECISIONS = {"no": "float32", "bf16": "bf16"}
 
 
-def _differs_from_itself(bench: Bench, expected: Future[Any], others: Future[Any]) -> dict[str, list[float]]:
+def _trained(bench: Bench, name: str, spread: Spread, *, micro: int = 2) -> dict[str, Any]:
+    """Train the small models in a layout; return the curves by precision, of those that were done."""
+    import layouts
+
+    every = [(model, tuning) for model in layouts.MODELS for tuning in bench.args.tunings]
+    cases = [case for case in every if (name, case[0]) not in layouts.REFUSED]
+    told = {"piece": "parity", "folder": str(bench.folder / "parity"), "name": name, "cases": cases}
+    told |= {"precisions": list(PRECISIONS), "micro": micro, "steps": bench.args.parity_steps}
+    told |= {"compiled": bench.args.parity_compiled}
+    own = {"FSDP_OFFLOAD_PARAMS": "true"} if name == OFFLOADED else {}
+    ended = bench.piece(f"parity {name}", told, spread, **own)
+    if ended.code != 0:
+        bench.report.failed("parity", name, ended)
+    found: dict[str, Any] = bench.result(f"parity {name}", 1)[0]
+    return found
+
+
+def _differs_from_itself(bench: Bench, expected: Future[Any], other: Future[Any]) -> dict[str, list[float]]:
     """Compare one GPU's bf16 runs with its float32 ones, and with those of other micro-batches; return the larger
     difference of each case."""
-    here, other = expected.result(), others.result()
-    if not here or not other:
-        return {}
-    largest = {}
-    for key in map("-".join, _cases(bench, ONE)):
-        rounding = _apart(bench, here["bf16"], here["no"], (f"{ONE}-bf16", f"{ONE}-no"), key)
-        order = _apart(bench, other["bf16"], here["bf16"], (f"{ONE}, micro 4-bf16", f"{ONE}-bf16"), key)
-        largest[key] = [max(pair) for pair in zip(rounding, order, strict=True)]
+    here = expected.result()
+    rounding = _apart(bench, (f"{ONE}-bf16", here["bf16"]), (f"{ONE}-no", here["no"]))
+    order = _apart(bench, (f"{OTHER}-bf16", other.result()["bf16"]), (f"{ONE}-bf16", here["bf16"]))
+    largest = {key: [max(pair) for pair in zip(rounding[key], order[key], strict=True)] for key in rounding}
     bench.report.add("parity", f"{ONE}, bf16 against itself", _cells(largest), apart=largest)
     return largest
 
 
 def _compared(bench: Bench, name: str, spread: Spread, expected: Future[Any], own: Future[Any]) -> None:
-    found, there, allowed = _trained(bench, name, spread), expected.result(), own.result()
-    if not found or not there:
-        return
+    found, there = _trained(bench, name, spread), expected.result()
     for precision, told in PRECISIONS.items():
-        far = {
-            key: _apart(bench, found[precision], there[precision], (f"{name}-{precision}", f"{ONE}-{precision}"), key)
-            for key in found[precision]
+        far = _apart(bench, (f"{name}-{precision}", found[precision]), (f"{ONE}-{precision}", there[precision]))
+        limits = {
+            key: [1e-5, 1e-5, 1e-4] if precision == "no" else [2 * each for each in own.result()[key]] for key in far
         }
-        limits = {key: [1e-5, 1e-5, 1e-4] for key in far}
-        if precision == "bf16":
-            limits = {key: [2 * each for each in allowed.get(key, [0.0] * 3)] for key in far}
         beyond = [key for key in far if any(one > most for one, most in zip(far[key], limits[key], strict=True))]
-        said = _cells(far, beyond)
-        bench.report.add(
-            "parity", f"{name}, {told}", said, apart=far, limits=limits, beyond=beyond, seconds=found["seconds"]
-        )
+        bench.report.add("parity", f"{name}, {told}", _cells(far, beyond), apart=far, limits=limits, beyond=beyond)
 
 
-def _apart(bench: Bench, found: Any, expected: Any, names: tuple[str, str], key: str) -> list[float]:
+def _apart(bench: Bench, found: tuple[str, Any], expected: tuple[str, Any]) -> dict[str, list[float]]:
+    """Return how far the runs of one name are from those of another, for the cases that both have."""
     import layouts
 
-    far = layouts.apart(bench.folder / "parity", found, expected, names, key)
-    return [far.loss, far.norm, far.weights]
+    far = {}
+    for key in found[1].keys() & expected[1].keys():
+        each = layouts.apart(bench.folder / "parity", found[1], expected[1], (found[0], expected[0]), key)
+        far[key] = [each.loss, each.norm, each.weights]
+    return dict(sorted(far.items()))
 
 
 def _cells(far: Mapping[str, Sequence[float]], beyond: Sequence[str] = ()) -> str:
@@ -397,13 +399,11 @@ def speed(bench: Bench) -> None:
     pieces = [piece for piece in pieces if piece.work.shape in made]
     alone = [piece for piece in pieces if piece.spread.ranks == 1]
     places = max(1, len(bench.machine.devices))
-    for begin in range(0, len(alone), places):
+    waves = [alone[begin : begin + places] for begin in range(0, len(alone), places)]
+    for wave in [*waves, *([piece] for piece in pieces if piece.spread.ranks > 1)]:
         with ThreadPoolExecutor(places) as pool:
-            for place, piece in enumerate(alone[begin : begin + places]):
-                pool.submit(_time, bench, piece, place)
-    for piece in pieces:
-        if piece.spread.ranks > 1:
-            _time(bench, piece)
+            begun = {piece.name: pool.submit(_time, bench, piece, place) for place, piece in enumerate(wave)}
+        bench.report.settle("speed", begun)
 
 
 def _pieces(bench: Bench) -> Iterator[Timed]:
@@ -513,36 +513,42 @@ def _mfu(bench: Bench, work: Work, rate: float) -> float | None:
 # Resume
 
 
-def resume(bench: Bench, pool: ThreadPoolExecutor) -> list[Future[None]]:
+def resume(bench: Bench, pool: ThreadPoolExecutor) -> Begun:
     """Begin the runs that are killed and gone on with."""
     import layouts
-    import tiny
 
     gpus = max(bench.args.gpus)
-    for name, dropout in (("dropping", 0.1), ("moving", 0.0)):
-        place = bench.folder / name
-        place.mkdir()
-        settings = {
-            "batch": {"per_step": 8, "micro": 1, "pack": 64},
-            "budget": {"steps": bench.args.resume_steps},
-            "every": {"log": 1, "save": SAVED},
-            "deterministic": dropout > 0,
-            "faults": {"rank_timeout": 60},
-        }
-        tiny.save_run(place, **settings)
-        tiny.save_model(place / "model", "sft", dropout=dropout)
-    begun = []
+    _write_run(bench, "dropping", dropout=0.1)
+    _write_run(bench, "moving", dropout=0.0)
+    begun: Begun = {}
     for name, spread in {"DDP": layouts.Spread(gpus), "FSDP2": layouts.Spread(gpus, "fsdp2")}.items():
         whole = pool.submit(_finetune, bench, "dropping", f"{name}-whole", spread)
-        begun.append(pool.submit(_killed, bench, f"{name}, killed in training", spread, whole, _in_training(spread)))
-        begun.append(pool.submit(_killed, bench, f"{name}, killed while saving", spread, whole, _while_saving(spread)))
+        for when, faults in {"in training": _in_training(spread), "while saving": _while_saving(spread)}.items():
+            told = f"{name}, killed {when}"
+            begun[told] = pool.submit(_killed, bench, told, spread, whole, faults)
     alone = pool.submit(_finetune, bench, "moving", "whole", layouts.ONE)
-    begun.append(pool.submit(_moved, bench, gpus, alone))
+    begun["moved"] = pool.submit(_moved, bench, gpus, alone)
     return begun
 
 
 SAVED = 10
 """Steps between two checkpoints."""
+
+
+def _write_run(bench: Bench, name: str, *, dropout: float) -> None:
+    """Write a small model, rows, and a run file over them."""
+    import tiny
+
+    settings = {
+        "batch": {"per_step": 8, "micro": 1, "pack": 64},
+        "budget": {"steps": bench.args.resume_steps},
+        "every": {"log": 1, "save": SAVED},
+        "deterministic": dropout > 0,
+        "faults": {"rank_timeout": 60},
+    }
+    (bench.folder / name).mkdir()
+    tiny.save_run(bench.folder / name, **settings)
+    tiny.save_model(bench.folder / name / "model", "sft", dropout=dropout)
 
 
 def _in_training(spread: Spread) -> dict[str, str]:
@@ -629,10 +635,59 @@ def _moved(bench: Bench, gpus: int, alone: Future[Ended]) -> None:
     bench.report.add("resume", name, said, apart=far, resumed_at=records[1].resumed_at)
 
 
+# Launch
+
+
+def launch(bench: Bench, pool: ThreadPoolExecutor) -> Begun:
+    """Begin a short run with each hardware file that ships and that the GPUs suit, by accelerate's launcher."""
+    if not bench.machine.on_gpu:
+        return {}  # where accelerate's launcher starts one process only
+    _write_run(bench, "launched", dropout=0.0)
+    files = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+    suited = {file.stem: processes for file in files if (processes := _processes(file, max(bench.args.gpus)))}
+    return {name: pool.submit(_launched, bench, name, processes) for name, processes in suited.items()}
+
+
+def _processes(file: Path, gpus: int) -> int:
+    """Return how many processes to start with a hardware file: 0 where it is not for these GPUs."""
+    import yaml
+
+    told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if told["use_cpu"] or told["num_machines"] > 1 or told["distributed_type"] == "NO":
+        return 0
+    return 0 if gpus % math.prod(told.get("parallelism_config", {}).values()) else gpus
+
+
+def _launched(bench: Bench, name: str, processes: int) -> None:
+    from distributed import free_port
+    from layouts import ONE as ALONE
+
+    from trainworks.record import read_record
+
+    place = bench.folder / "launched"
+    words = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", str(processes)]
+    words += ["--config_file", str(ROOT / "configs" / "accelerate" / f"{name}.yaml")]
+    words += ["--main_process_port", str(free_port()), "-m", "finetune", str(place / "run.yaml")]
+    words += [f"output={place / name}", "budget.steps=12", "every.evaluate=6"]
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(bench.machine.devices), "TRAINWORKS_CACHE": str(place / "cache")}
+    ended = bench.machine.run(words, ALONE, place / f"{name}.txt", **own)
+    if ended.code != 0:
+        bench.report.failed("launch", name, ended)
+        return
+    record = read_record(place / name)
+    losses = [point.loss for point in record.curve]
+    said = f"{record.status}, {len(losses)} steps, loss {losses[0]:.5f} -> {losses[-1]:.5f}, {ended.seconds:.0f} s"
+    bench.report.add("launch", name, said, losses=losses, processes=processes)
+
+
 # The command
 
 
-PARTS: dict[str, Callable[[Bench, ThreadPoolExecutor], list[Future[None]]]] = {"parity": parity, "resume": resume}
+PARTS: dict[str, Callable[[Bench, ThreadPoolExecutor], Begun]] = {
+    "parity": parity,
+    "resume": resume,
+    "launch": launch,
+}
 """Parts whose pieces share the GPUs, since nothing is timed."""
 
 
@@ -653,9 +708,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="multi-gpu-") as folder:
         bench = Bench(args, machine, report, Path(folder))
         with ThreadPoolExecutor(args.at_once) as pool:
-            begun = [each for part in PARTS if part in args.parts for each in PARTS[part](bench, pool)]
-            for each in begun:
-                each.result()
+            for part, begun in {part: PARTS[part](bench, pool) for part in PARTS if part in args.parts}.items():
+                report.settle(part, begun)
         if "speed" in args.parts:
             speed(bench)
     print(f"{report.path}: {len(report.found)} pieces")

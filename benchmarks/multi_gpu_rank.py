@@ -66,26 +66,31 @@ def accelerate(args: Namespace) -> dict[str, Any]:
 
 
 def parity(args: Namespace) -> dict[str, Any]:
-    """Train the small models of tests/layouts.py in one layout, in each precision; return the curves by precision."""
+    """Train the small models of tests/layouts.py in one layout, in each precision; return the curves by precision.
+
+    They are written after each model, so that those that were done are there when one fails."""
     import layouts
     from accelerate.state import AcceleratorState
 
-    found = {}
-    for precision in args.precisions:
+    found: dict[str, Any] = {precision: {} for precision in args.precisions}
+    for precision, curves in found.items():
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision
         AcceleratorState._reset_state()
-        name = f"{args.name}-{precision}"
-        batch = {"per_step": 8, "micro": args.micro, "pack": 64}
-        found[precision] = layouts.train(
-            args.folder,
-            args.cases,
-            name,
-            args.spread["layout"],
-            args.steps,
-            batch=batch,
-            speed={"compile": "on" if args.compiled else "off"},
-        )
+        changes = {
+            "batch": {"per_step": 8, "micro": args.micro, "pack": 64},
+            "speed": {"compile": "on" if args.compiled else "off"},
+        }
+        for case in args.cases:
+            name, layout = f"{args.name}-{precision}", args.spread["layout"]
+            curves |= layouts.train(args.folder, [case], name, layout, args.steps, **changes)
+            _write(args, found)
     return found
+
+
+def _write(args: Namespace, value: Any) -> None:
+    path = Path(f"{args.result}.{os.environ.get('RANK', '0')}")
+    path.with_name(f"new-{path.name}").write_text(json.dumps(value), encoding="utf-8")
+    os.replace(path.with_name(f"new-{path.name}"), path)
 
 
 PIECES: dict[str, Callable[[Namespace], dict[str, Any]]] = {
@@ -98,13 +103,12 @@ PIECES: dict[str, Callable[[Namespace], dict[str, Any]]] = {
 
 def main(told: str, result: str) -> None:
     """Do what is told, and write what came of it, for each rank."""
-    args = Namespace(**json.loads(Path(told).read_text(encoding="utf-8")))
+    args = Namespace(**json.loads(Path(told).read_text(encoding="utf-8")), result=result)
     if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         from distributed import let_fsdp_run_on_cpu
 
         let_fsdp_run_on_cpu()
-    value = PIECES[args.piece](args)
-    Path(f"{result}.{os.environ.get('RANK', '0')}").write_text(json.dumps(value), encoding="utf-8")
+    _write(args, PIECES[args.piece](args))
     if "RANK" in os.environ:
         import torch.distributed
 
