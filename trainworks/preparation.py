@@ -124,7 +124,7 @@ def assemble(
     task.settle(model)
     facts = _model_facts(config, model, origin)
     if _compiles(config, world):
-        compile_layers(model)
+        compile_layers(model, each_shape=world.layout.tensor > 1)
     rounded = None if world.rounding is None else WorkingWeights(model, world.rounding)
     step = world.wrap(Step(model, task, processor, rounded=rounded))
     # Alike on all ranks until here, so that new weights are; from here on each rank drops out in its own places.
