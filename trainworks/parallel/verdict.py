@@ -42,6 +42,8 @@ class Sign:
     """How many exchanges with the others it has come to; all ranks come to the same ones, in the same order."""
     waited: float | None = None
     """Seconds for which it has waited in the newest; None when it is in none."""
+    since: float = 0.0
+    """Seconds since it came to the newest, which it may have left: a GPU's exchanges are waited for elsewhere."""
     patient: bool = False
     """Whether that one may take as long as it takes."""
     report: Report | None = None
@@ -192,14 +194,16 @@ def _silent(living: list[Seen], now: float, timeout: float) -> Verdict | None:
 
 
 def _late(living: list[Seen], timeout: float) -> Verdict | None:
-    waiting = [seen.sign for seen in living if not seen.sign.patient and (seen.sign.waited or 0.0) > timeout]
-    if not waiting:
+    """Who has not come to an exchange that another came to so long ago; or all, where all wait in one."""
+    came = [seen.sign for seen in living if not seen.sign.patient and seen.sign.since > timeout]
+    if not came:
         return None
-    newest = max(waiting, key=lambda sign: sign.exchanges)
-    late = [seen.sign for seen in living if seen.sign.exchanges < newest.exchanges]
-    if late:
-        return _hanging(late, f"let {_short(newest)} wait for {newest.waited:.0f} s in {newest.place}")
-    return _hanging(waiting, f"waited for {newest.waited:.0f} s in one exchange; what joins them hangs")
+    newest = max(came, key=lambda sign: sign.exchanges)
+    if late := [seen.sign for seen in living if seen.sign.exchanges < newest.exchanges]:
+        return _hanging(late, f"let {_short(newest)} wait for {newest.since:.0f} s in {newest.place}")
+    if waiting := [sign for sign in came if sign.waited is not None]:
+        return _hanging(waiting, f"waited for {newest.since:.0f} s in one exchange; what joins them hangs")
+    return None
 
 
 def _hanging(signs: list[Sign], what: str) -> Verdict:

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -58,8 +58,9 @@ class _Exchange:
     """What the main thread waits in for others, or last did."""
 
     number: int = 0
-    since: float | None = None
+    since: float = field(default_factory=time.monotonic)
     patient: bool = False
+    is_over: bool = True
 
 
 class Watchdog:
@@ -98,11 +99,11 @@ class Watchdog:
         """Exchange something with all other ranks inside; what is not `patient` may not take longer than the
         timeout."""
         number = self._exchange.number + 1
-        self._exchange = _Exchange(number, time.monotonic(), patient)
+        self._exchange = begun = _Exchange(number, patient=patient, is_over=False)
         try:
             yield
         finally:
-            self._exchange = _Exchange(number)
+            self._exchange = replace(begun, is_over=True)
 
     def failed(self, report: Report, trace: TracebackType | None = None) -> Verdict | None:
         """Tell the others why this rank ends before its time, and return what all end by, in a second or two.
@@ -232,6 +233,7 @@ class Watchdog:
 
     def _sign(self) -> Sign:
         exchange = self._exchange
+        since = time.monotonic() - exchange.since
         return Sign(
             rank=self.rank,
             host=socket.gethostname(),
@@ -239,7 +241,8 @@ class Watchdog:
             step=self.step(),
             place=self._failed_at or _place_of_main_thread(),
             exchanges=exchange.number,
-            waited=None if exchange.since is None else time.monotonic() - exchange.since,
+            waited=None if exchange.is_over else since,
+            since=since,
             patient=exchange.patient,
             report=self._report,
             left=self._left,

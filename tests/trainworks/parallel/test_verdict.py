@@ -31,7 +31,7 @@ def judged(*ranks: Seen, now: float = NOW) -> Verdict | None:
 
 def test_ranks_that_work_or_wait_are_left_alone() -> None:
     assert judged(seen(0), seen(1, waited=TIMEOUT - 1)) is None
-    assert judged(seen(0), seen(1, waited=100 * TIMEOUT, patient=True)) is None
+    assert judged(seen(0), seen(1, waited=100 * TIMEOUT, since=100 * TIMEOUT, patient=True)) is None
     assert judged(seen(0), seen(1, heard=NOW - TIMEOUT + 1)) is None
 
 
@@ -114,13 +114,23 @@ def test_silence_is_a_hang_once_the_timeout_is_over() -> None:
 
 
 def test_those_who_have_come_to_the_fewest_exchanges_let_the_others_wait() -> None:
-    waiting = {"waited": TIMEOUT + 1, "exchanges": 8}
+    waiting = {"waited": TIMEOUT + 1, "since": TIMEOUT + 1, "exchanges": 8}
     verdict = judged(seen(0, **waiting), seen(1, exchanges=7), seen(2, **waiting), seen(3, exchanges=7, waited=2.0))
     assert verdict is not None
     assert verdict.ranks == (1, 3)
     verdict = judged(seen(0, **waiting), seen(1, **waiting))
     assert verdict is not None
     assert "what joins them hangs" in verdict.reason
+
+
+def test_who_does_not_come_is_late_though_the_others_wait_outside_of_the_exchange() -> None:
+    came = {"since": TIMEOUT + 1, "exchanges": 8}
+    verdict = judged(seen(0, **came), seen(1, exchanges=7, since=TIMEOUT + 5))
+    assert verdict is not None
+    assert verdict.ranks == (1,)
+    assert "let rank 0 wait for 61 s" in verdict.reason
+    assert judged(seen(0, **came), seen(1, **came)) is None, "all work on what comes next"
+    assert judged(seen(0, **came, patient=True), seen(1, exchanges=7)) is None
 
 
 def test_a_rank_that_alone_is_asked_to_stop_stops_all() -> None:
