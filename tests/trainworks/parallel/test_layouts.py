@@ -72,3 +72,13 @@ def test_it_goes_on_from_checkpoints_of_the_others(
         assert len(run[key]["curve"]) == STEPS - HALF
         far = layouts.apart(place, run, alone, (other, "one"), key)
         assert far.is_close, f"{other}: {far}"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a processor with g++, which is not here")
+def test_compiled_layers_of_tensor_ranks_take_lines_of_any_width(place: Path) -> None:
+    changes: dict[str, Any] = {"steps": 2, "batch": {"per_step": 8, "micro": 4}}
+    expected = layouts.train_over(place, "plain", layouts.ONE, [("llama", "full")], **changes)
+    changes["speed"] = {"compile": "on"}
+    found = layouts.train_over(place, "compiled", layouts.SPREADS["TP 2"], [("llama", "full")], **changes)
+    far = layouts.apart(place, found, expected, ("compiled", "plain"), "llama-full")
+    assert far.is_close, far
