@@ -49,7 +49,8 @@ def accelerate(args: Namespace) -> dict[str, Any]:
     if args.tuning == "lora":
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    loader = DataLoader(rows(args, args.gpus), batch_size=args.batch, collate_fn=default_data_collator)
+    samples: Any = rows(args, args.gpus).with_format("torch")
+    loader = DataLoader(samples, batch_size=args.batch, collate_fn=default_data_collator)
     model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(trained, lr=LR, fused=True), loader)
     clock, losses = Clock(args.warmup), []
     for batch in loader:
