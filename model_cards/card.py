@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from model_cards.curve import draw
 from model_cards.markdown import text
 from model_cards.metadata import head, title
-from model_cards.sections import CURVE_FILE, SECTIONS
+from model_cards.sections import CURVE_FILE, SECTIONS, picture_file
 from trainworks.record import RunRecord, replace_file
 from trainworks.redaction import redacted
 
@@ -32,7 +33,10 @@ class Card:
         return f"---\n{front}---\n\n{self.body}"
 
     def _repr_markdown_(self) -> str:
-        return self.body if not self.shows_curve else self.body.replace(f"({CURVE_FILE})", f"({self._curve_address()})")
+        page = self.body
+        for name, content in self._pictures().items():
+            page = page.replace(f"]({name})", f"]({_address(name, content)})")
+        return page
 
     @property
     def shows_curve(self) -> bool:
@@ -40,18 +44,19 @@ class Card:
         return f"]({CURVE_FILE})" in self.body
 
     def save(self, folder: str | Path) -> Path:
-        """Write README.md, and curve.png when the page shows it, into `folder`; return the README's path."""
+        """Write README.md, and the pictures that the page shows, into `folder`; return the README's path."""
         path = Path(folder) / "README.md"
         replace_file(path, str(self).encode())
-        if self.shows_curve:
-            replace_file(path.with_name(CURVE_FILE), self._curve())
+        for name, content in self._pictures().items():
+            replace_file(path.with_name(name), content)
         return path
 
-    def _curve_address(self) -> str:
-        """Return the picture itself as an address, for a notebook has no file beside it."""
-        from base64 import b64encode
-
-        return "data:image/png;base64," + b64encode(self._curve()).decode()
+    def _pictures(self) -> dict[str, bytes]:
+        """Return the pictures that the page shows, by the names of their files."""
+        samples = self.record.final.samples if self.record.final else ()
+        examples = {picture_file(index): sample.jpeg() for index, sample in enumerate(samples, start=1)}
+        drawn = {name: picture for name, picture in examples.items() if picture}
+        return drawn | ({CURVE_FILE: self._curve()} if self.shows_curve else {})
 
     def _curve(self) -> bytes:
         from io import BytesIO
@@ -59,6 +64,12 @@ class Card:
         picture = BytesIO()
         draw(self.record, picture)
         return picture.getvalue()
+
+
+def _address(name: str, content: bytes) -> str:
+    """Return a picture itself as an address, for a notebook has no file beside it."""
+    kind = {".png": "png", ".jpg": "jpeg"}[Path(name).suffix]
+    return f"data:image/{kind};base64,{b64encode(content).decode()}"
 
 
 def build(record: RunRecord) -> Card:

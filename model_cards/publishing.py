@@ -16,7 +16,7 @@ from trainworks.errors import AccessError, PublishError
 __all__ = ["PUBLISHED", "Publication", "check_access", "publish"]
 
 PUBLISHED = (
-    *("README.md", "curve.png", "run.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
+    *("README.md", "curve.png", "example-[1-9].jpg", "run.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
     *("model*.safetensors", "model*.safetensors.index.json", "adapter_model*.safetensors"),
     *("config.json", "generation_config.json", "adapter_config.json", "*processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),

@@ -13,7 +13,7 @@ from model_cards.metadata import base_on_hub, dataset_on_hub, last_part, metric_
 from model_cards.snippets import usage
 from trainworks.record import Comparison, DataFacts, Estimate, EvalReport, RunRecord, Sample, SplitFacts, StageFacts
 
-__all__ = ["CURVE_FILE", "SECTIONS"]
+__all__ = ["CURVE_FILE", "SECTIONS", "picture_file"]
 
 CURVE_FILE = "curve.png"
 
@@ -123,7 +123,13 @@ def _samples(record: RunRecord) -> str:
     final = record.final
     if final is None or not final.samples:
         return ""
-    before = {sample.prompt: sample for report in record.reports if report.is_baseline for sample in report.samples}
+    before = {
+        sample.prompt: sample
+        for report in record.reports
+        if report.is_baseline
+        for sample in report.samples
+        if sample.prompt
+    }
     shown = [_sample(index, sample, before.get(sample.prompt)) for index, sample in enumerate(final.samples, start=1)]
     return "## Worked examples\n\n" + "\n\n".join(shown)
 
@@ -133,7 +139,13 @@ def _sample(index: int, sample: Sample, before: Sample | None) -> str:
     if before:
         parts["Said before training"] = before.output
     blocks = [f"{name}:\n\n{block(value)}" for name, value in parts.items() if value.strip()]
-    return "\n\n".join([f"**Example {index}**", *blocks])
+    picture = [f"![Left: what is wanted. Right: what the model said]({picture_file(index)})"] if sample.jpeg() else []
+    return "\n\n".join([f"**Example {index}**", *picture, *blocks])
+
+
+def picture_file(index: int) -> str:
+    """Return the name of the picture of a worked example, by its number from 1."""
+    return f"example-{index}.jpg"
 
 
 def _data(record: RunRecord) -> str:

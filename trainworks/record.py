@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from base64 import b64decode
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,16 @@ class Sample(_Fact):
     prompt: str
     reference: str
     output: str
+    picture: str = ""
+    """A JPEG as base64: on the left the image with what is wanted, on the right with what the model said. Kept of the
+    newest evaluation only."""
+
+    def jpeg(self) -> bytes:
+        """Return the picture's bytes; none where there is no picture, or something else in its place."""
+        try:
+            return b64decode(self.picture, validate=True)
+        except ValueError:
+            return b""
 
 
 class EvalReport(_Fact):
@@ -94,6 +105,12 @@ class EvalReport(_Fact):
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
 
+    def without_pictures(self) -> EvalReport:
+        """Return the report without the pictures of its samples, which take room."""
+        return self.model_copy(
+            update={"samples": tuple(sample.model_copy(update={"picture": ""}) for sample in self.samples)}
+        )
+
     def __str__(self) -> str:
         lines = [f"{self.name} on {self.split} (n={self.num_examples})"]
         return "\n".join(lines + [f"  {name:<20} {estimate}" for name, estimate in self.metrics.items()])
@@ -115,7 +132,9 @@ class EvalReport(_Fact):
         parts = ("prompt", "reference", "output")
         head = "".join(f"<th {_LEFT}>{part}</th>" for part in parts)
         rows = "".join(
-            "<tr>" + "".join(f"<td {_TEXT}>{escape(getattr(sample, part))}</td>" for part in parts) + "</tr>"
+            "<tr>"
+            + "".join(f"<td {_TEXT}>{escape(getattr(sample, part))}</td>" for part in parts)
+            + (f'<td><img src="data:image/jpeg;base64,{sample.picture}"></td></tr>' if sample.jpeg() else "</tr>")
             for sample in self.samples
         )
         return f"<table><tr>{head}</tr>{rows}</table>" if rows else ""

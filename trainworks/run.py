@@ -231,7 +231,8 @@ class Run:
     def add_report(self, report: EvalReport, statistics: Mapping[str, Any]) -> None:
         """Append an evaluation, in place of an earlier one of the same name."""
         self.statistics[report.name] = dict(statistics)
-        self.note(reports=(*(old for old in self.record.reports if old.name != report.name), report))
+        before = (old.without_pictures() for old in self.record.reports if old.name != report.name)
+        self.note(reports=(*before, report))
 
     def save_record(self) -> None:
         """Write `run.json`; only the main process does."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-__all__ = ["boxed", "grid", "masked", "seen", "titled"]
+__all__ = ["boxed", "grid", "jpeg", "masked", "seen", "sized", "titled"]
 
 _COLOURS = (
     "#e6194b",
@@ -27,6 +29,7 @@ _COLOURS = (
 )
 _TITLE = 14
 _GAP = 4
+_SIDE = 256
 
 
 def seen(pixels: Tensor, processor: Any) -> Image:
@@ -60,12 +63,12 @@ def boxed(image: Image, boxes: Sequence[Sequence[float]], kinds: Sequence[int], 
 
 
 def masked(image: Image, classes: np.ndarray[Any, Any]) -> Image:
-    """Lay the colours of classes [height, width] over an image; black where nothing is learned."""
+    """Lay the colours of classes [any height, any width] over an image; black where nothing is learned."""
     from PIL import Image, ImageColor
 
     table = np.array([ImageColor.getrgb(_colour(kind)) for kind in range(len(_COLOURS))], np.uint8)
     colours = np.where(classes[..., None] < 0, 0, table[classes % len(_COLOURS)]).astype(np.uint8)
-    return Image.blend(image, Image.fromarray(colours), 0.4)
+    return Image.blend(image, Image.fromarray(colours).resize(image.size, resample=0), 0.4)
 
 
 def titled(image: Image, title: str) -> Image:
@@ -76,6 +79,19 @@ def titled(image: Image, title: str) -> Image:
     whole.paste(image, (0, _TITLE))
     ImageDraw.Draw(whole).text((1, 1), title, fill="black")
     return whole
+
+
+def sized(image: Image) -> Image:
+    """Return an image as large as a page shows it."""
+    share = _SIDE / max(image.size)
+    return image.resize((round(image.width * share), round(image.height * share)), resample=0 if share > 1 else 2)
+
+
+def jpeg(image: Image) -> str:
+    """Return an image as a JPEG, in base64."""
+    file = BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return b64encode(file.getvalue()).decode()
 
 
 def grid(images: Sequence[Image]) -> Image:

@@ -136,11 +136,19 @@ class ImageClassification(VisionTask):
 
     def drawn(self, image: Image, batch: Batch, place: int) -> Image:
         """Write the class above an image."""
-        title = self.labels[int(batch["labels"][place])]
-        if "share" in batch:
-            share, other = float(batch["share"][place]), self.labels[int(batch["other_labels"][place])]
-            title = f"{title} {share:.2f}, {other} {1 - share:.2f}"
-        return titled(image, title)
+        return titled(image, self.worded(batch, place))
+
+    def worded(self, batch: Batch, place: int) -> str:
+        """Return the class, or both of a mixed image with their shares."""
+        own = self.labels[int(batch["labels"][place])]
+        if "share" not in batch:
+            return own
+        share, other = float(batch["share"][place]), self.labels[int(batch["other_labels"][place])]
+        return f"{own} {share:.2f}, {other} {1 - share:.2f}"
+
+    def said(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """Return the likeliest classes."""
+        return {"labels": model(**self.inputs(batch)).logits.argmax(-1)}
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return one for each row."""

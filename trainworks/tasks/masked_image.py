@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 from pydantic import PrivateAttr
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from trainworks.data.loading import Batch, Row
 
 __all__ = ["MaskedImage"]
+
+_EPS = 1e-6
 
 
 class MaskedImage(VisionTask):
@@ -82,6 +84,16 @@ class MaskedImage(VisionTask):
         """Return the pixels and the noise."""
         return {"pixel_values": batch["pixel_values"], "noise": batch["noise"]}
 
+    def said(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """Return the images with what was hidden as the model draws it."""
+        outputs = model(**self.inputs(batch))
+        patches: Tensor = cast(Any, model).patchify(batch["pixel_values"].float())
+        drawn: Tensor = outputs.logits.float()
+        if model.config.norm_pix_loss:
+            drawn = drawn * (patches.var(-1, keepdim=True) + _EPS) ** 0.5 + patches.mean(-1, keepdim=True)
+        whole = drawn.where(outputs.mask[..., None] > 0, patches)
+        return {"pixel_values": cast(Any, model).unpatchify(whole)}
+
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return the hidden patches of each row."""
         return {"loss": batch["noise"].new_full((len(batch["noise"]),), self._hidden)}
@@ -89,9 +101,8 @@ class MaskedImage(VisionTask):
     def loss(self, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Return each row's squared error, the mean over a patch's pixels, summed over the hidden patches."""
         outputs = model(**self.inputs(batch))
-        patchify: Any = model.patchify
-        wanted: Tensor = patchify(batch["pixel_values"].float())
+        wanted: Tensor = cast(Any, model).patchify(batch["pixel_values"].float())
         if model.config.norm_pix_loss:
-            wanted = (wanted - wanted.mean(-1, keepdim=True)) / (wanted.var(-1, keepdim=True) + 1e-6) ** 0.5
+            wanted = (wanted - wanted.mean(-1, keepdim=True)) / (wanted.var(-1, keepdim=True) + _EPS) ** 0.5
         apart = (outputs.logits.float() - wanted).square().mean(-1)
         return {"loss": (apart * outputs.mask).sum(1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from trainworks.data.loading import Batch, Row
 
 __all__ = ["ObjectDetection"]
+
+_CERTAIN = 0.3
+"""Least probability of a box that is drawn; metrics see them all."""
 
 
 class ObjectDetection(VisionTask):
@@ -244,6 +248,21 @@ class ObjectDetection(VisionTask):
         return boxed(
             image, corners(batch["boxes"][place][there]).tolist(), batch["kinds"][place][there].tolist(), self.labels
         )
+
+    def said(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """Return the boxes that the model gives a class at least `_CERTAIN`."""
+        from trainworks.tasks.detection_losses import family_of
+
+        family = family_of(model)
+        assert family is not None, "suits refuses it"
+        outputs = model(**self.inputs(batch))
+        chances, kinds = family.scores(outputs.logits.float()).max(-1)
+        return {"boxes": outputs.pred_boxes.float(), "kinds": kinds.where(chances >= _CERTAIN, -1)}
+
+    def worded(self, batch: Batch, place: int) -> str:
+        """Return how many things of each class there are."""
+        counts = Counter(kind for kind in batch["kinds"][place].tolist() if kind >= 0)
+        return ", ".join(f"{counts[kind]} {self.labels[kind]}" for kind in sorted(counts)) or "nothing"
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the classes' term counts, things and where the model has it so empty boxes by their weight; and

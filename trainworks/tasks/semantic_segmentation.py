@@ -33,6 +33,7 @@ __all__ = ["SemanticSegmentation"]
 
 _IGNORED = -100
 _MOST_CLASSES = 1000
+_WORDED = 5
 
 
 class SemanticSegmentation(VisionTask):
@@ -185,6 +186,18 @@ class SemanticSegmentation(VisionTask):
     def drawn(self, image: Image, batch: Batch, place: int) -> Image:
         """Lay the classes over an image."""
         return masked(image, batch["labels"][place].numpy())
+
+    def said(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """Return the likeliest class of each pixel."""
+        logits = model(**self.inputs(batch)).logits.float()
+        return {"labels": _enlarged(logits, batch["labels"].shape[1:]).argmax(1)}
+
+    def worded(self, batch: Batch, place: int) -> str:
+        """Return the classes' shares of the image, the largest first."""
+        mask = batch["labels"][place]
+        counts = mask[mask >= 0].bincount(minlength=len(self.labels))
+        largest = [number for number in counts.argsort(descending=True)[:_WORDED].tolist() if counts[number]]
+        return ", ".join(f"{self.labels[number]} {int(counts[number]) / mask.numel():.1%}" for number in largest)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """Return the pixels of each row that are learned."""

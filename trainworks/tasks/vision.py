@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -14,8 +14,9 @@ from trainworks.data.augmentation import Augment
 from trainworks.data.bad_rows import BadRow
 from trainworks.data.images import ImageError, decoded, encoded, processor_digest, sealed, unsealed
 from trainworks.errors import ConfigError
+from trainworks.record import Sample
 from trainworks.tasks.base import Processor, Task
-from trainworks.tasks.drawing import seen
+from trainworks.tasks.drawing import grid, jpeg, seen, sized
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Checked", "VisionTask", "image_of", "pixels", "refusal"]
 
 _PATCH = 16
+_SHOWN = 4
 
 
 class Checked:
@@ -135,19 +137,51 @@ class VisionTask(Task, ABC):
 
     def pictures(self, samples: Dataset, processor: Processor, *, number: int, train: bool) -> list[Image]:
         """Return the first samples drawn as the model sees them, with what it is taught of each."""
-        columns = samples.with_format("numpy")[: min(number, len(samples))]
-        rows = [
-            {name: values[place] for name, values in columns.items()} | {"seed": place}
-            for place in range(len(columns["image"]))
-        ]
-        rows = [row | {"partner": other} for row, other in zip(rows, [*rows[1:], *rows[:1]], strict=True)]
-        batch = self.collate(rows, processor, train=train)
+        batch = self._some(samples, range(min(number, len(samples))), processor, train=train)
         images = [seen(own, processor) for own in batch["pixel_values"]]
         return [self.drawn(image, batch, place) for place, image in enumerate(images)]
+
+    def _some(self, samples: Dataset, places: Sequence[int], processor: Processor, *, train: bool) -> Batch:
+        """Collate some samples, each with the next one as its partner."""
+        columns = samples.with_format("numpy")[list(places)]
+        rows = [
+            {name: values[row] for name, values in columns.items()} | {"seed": place}
+            for row, place in enumerate(places)
+        ]
+        paired = [row | {"partner": other} for row, other in zip(rows, [*rows[1:], *rows[:1]], strict=True)]
+        return self.collate(paired, processor, train=train)
+
+    def show(self, model: PreTrainedModel, rows: Dataset, processor: Processor) -> tuple[Sample, ...]:
+        """Return some images from all over the rows, as the model sees them: drawn with what is there, and beside it
+        with what the model says. All ranks."""
+        places = sorted({*np.linspace(0, len(rows) - 1, _SHOWN).astype(int).tolist()})
+        wanted = self._some(rows, places, processor, train=False)
+        given = {name: values.to(model.device) for name, values in wanted.items()}
+        told = wanted | {name: values.cpu() for name, values in self.said(model, given).items()}
+        return tuple(
+            Sample(
+                prompt="",
+                reference=self.worded(wanted, place),
+                output=self.worded(told, place),
+                picture=jpeg(grid([self._portrait(batch, place, processor) for batch in (wanted, told)])),
+            )
+            for place in range(len(places))
+        )
+
+    def _portrait(self, batch: Batch, place: int, processor: Processor) -> Image:
+        return self.drawn(sized(seen(batch["pixel_values"][place], processor)), batch, place)
+
+    @abstractmethod
+    def said(self, model: PreTrainedModel, batch: Batch) -> Batch:
+        """Return what the model says in the place of what a batch holds of it, to be drawn and worded alike."""
 
     def drawn(self, image: Image, batch: Batch, place: int) -> Image:
         """Draw onto an image what the model is taught of that place in the batch."""
         return image
+
+    def worded(self, batch: Batch, place: int) -> str:
+        """Say in a few words what the model is taught of that place in the batch; empty where a picture says it all."""
+        return ""
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return the pixels."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import tiny
 import torch
 from datasets import Dataset, DatasetDict
 from pictures import encode, picture, scene
+from PIL import Image
 
-from trainworks import Data, ImageClassification, ObjectDetection, SemanticSegmentation
+import finetune
+import model_cards
+from trainworks import Data, ImageClassification, ObjectDetection, SemanticSegmentation, evaluate, read_record
 from trainworks.config import load
 from trainworks.data.augmentation import Augment, View, generator
 from trainworks.data.bad_rows import BadRowsError
@@ -20,6 +25,7 @@ from trainworks.data.loading import Samples
 from trainworks.errors import ConfigError, DataError
 from trainworks.metrics import MeanIoU, PixelAccuracy
 from trainworks.samples import prepare_sources, read_rows
+from trainworks.tasks import TASKS
 
 SPOILT = picture("red", 1)[:-40]
 
@@ -249,3 +255,36 @@ def test_a_task_on_images_from_scratch_wants_an_image_processor(tmp_path: Path) 
     )
     with pytest.raises(ConfigError, match=r"needs model\.image_processor"):
         load(file, model=pretrain.Config)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, task in TASKS.items() if task.reads == "image_processor"))
+def test_held_out_images_are_drawn_with_what_is_there_and_what_the_model_says(name: str, tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "model", name)
+    data = tiny.save_rows(tmp_path / "rows.parquet", name, 30)
+    run = finetune.prepare(tiny.config(name, tmp_path / "model", data, tmp_path / "run"))
+    older, report = evaluate(run, "step 1"), evaluate(run)
+    assert len(report.samples) == 4
+    assert all(bool(sample.reference) == bool(sample.output) == (name != "masked-image") for sample in report.samples)
+    for sample in report.samples:
+        image = Image.open(BytesIO(b64decode(sample.picture)))
+        left, right = np.asarray(image)[:256, :200], np.asarray(image)[:256, -220:-20]
+        assert image.width > 400
+        assert left.std() > 5, "the image is there"
+        assert right.std() > 5
+    kept = {each.name: [bool(sample.picture) for sample in each.samples] for each in run.record.reports}
+    assert kept == {older.name: [False] * 4, report.name: [True] * 4}
+    run.record.model_copy(update={"status": "complete"}).write(tmp_path)
+    card = model_cards.build(read_record(tmp_path))
+    card.save(tmp_path / "card")
+    assert {path.name for path in (tmp_path / "card").glob("*.jpg")} == {f"example-{n}.jpg" for n in range(1, 5)}
+    assert "![Left: what is wanted. Right: what the model said](example-1.jpg)" in str(card)
+    assert card._repr_markdown_().count("](data:image/jpeg;base64,") == 4
+    assert not model_cards.lint(card)
+
+
+def test_what_is_said_is_worded_as_what_is_there() -> None:
+    found = ObjectDetection(labels=("cell", "plate")).worded({"kinds": torch.tensor([[1, 0, -1, 0]])}, 0)
+    assert found == "2 cell, 1 plate"
+    assert ObjectDetection(labels=("cell",)).worded({"kinds": torch.tensor([[-1]])}, 0) == "nothing"
+    mask = torch.tensor([[[0, 0, 0], [2, 2, -100]]])
+    assert SemanticSegmentation(labels=("a", "b", "c")).worded({"labels": mask}, 0) == "a 50.0%, c 33.3%"
