@@ -57,7 +57,7 @@ def boxed(image: Image, boxes: Sequence[Sequence[float]], kinds: Sequence[int], 
     draw = ImageDraw.Draw(image)
     for box, kind in zip(boxes, kinds, strict=True):
         left, top, right, bottom = (share * side for share, side in zip(box, image.size * 2, strict=True))
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=_colour(kind))
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=_colour(kind), width=2)
         draw.text((left + 2, top), names[kind], fill=_colour(kind))
     return image
 
