@@ -7,7 +7,15 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from trainworks.schema import FromScratch, Full, Model, RunConfig
-from trainworks.tasks import CausalLM, ImageClassification, MaskedImage, MaskedLM, Task
+from trainworks.tasks import (
+    CausalLM,
+    ImageClassification,
+    MaskedImage,
+    MaskedLM,
+    ObjectDetection,
+    SemanticSegmentation,
+    Task,
+)
 
 __all__ = ["Config"]
 
@@ -15,7 +23,10 @@ __all__ = ["Config"]
 class Config(RunConfig[Task]):
     """A pretraining run: new weights, or more training of a model on running text or images."""
 
-    task: Annotated[CausalLM | MaskedLM | MaskedImage | ImageClassification, Field(discriminator="type")]
+    task: Annotated[
+        CausalLM | MaskedLM | MaskedImage | ImageClassification | SemanticSegmentation | ObjectDetection,
+        Field(discriminator="type"),
+    ]
     """What is learned: `{type: causal-lm, block: 1024}`, `{type: masked-image}`, and so on."""
     model: Model
     """New weights by `architecture` and `sizes`, or a pretrained model by `name`."""
