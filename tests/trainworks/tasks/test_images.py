@@ -220,6 +220,15 @@ def test_an_image_processor_of_another_size_is_refused() -> None:
         ImageClassification(labels=("a", "b")).suits(model, processor())
 
 
+def test_a_detector_whose_loss_is_not_known_is_refused_by_name() -> None:
+    from transformers import DFineConfig, DFineForObjectDetection
+
+    with torch.device("meta"):
+        model = DFineForObjectDetection(DFineConfig())
+    with pytest.raises(ConfigError, match=r"DFineForObjectDetection has a loss .* not known here; known are ForObject"):
+        ObjectDetection(labels=("a", "b")).suits(model, processor())
+
+
 def test_the_blood_cells_boxes_of_no_size_are_named_by_file(shared_data: Path, tmp_path: Path) -> None:
     data = Data(source=str(shared_data / "det_bccd"), layout="voc", validation=("val",))
     config = tiny.config("object-detection", tmp_path, data, tmp_path / "run")
