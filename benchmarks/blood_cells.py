@@ -71,7 +71,7 @@ def config(args: argparse.Namespace, source: Path, output: Path, steps: int) -> 
             source=str(source),
             layout="voc",
             train=("train",),
-            validation=("train",) if args.images else ("val",),
+            validation=("same",) if args.images else ("val",),
             bad_rows="skip",
             workers=args.workers,
         ),
@@ -101,10 +101,14 @@ def affordable(args: argparse.Namespace, source: Path, folder: Path) -> int:
 
 
 def few(folder: Path, source: Path, number: int) -> Path:
-    """Copy the data set with so many of its training images alone."""
+    """Copy the data set with so many of its training images alone, which are also listed as `same`."""
     shutil.copytree(source, folder / "few")
-    listed = folder / "few" / "ImageSets" / "Main" / "train.txt"
-    listed.write_text("\n".join(listed.read_text().split()[:number]) + "\n")
+    lists = folder / "few" / "ImageSets" / "Main"
+    names = "\n".join((lists / "train.txt").read_text().split()[:number]) + "\n"
+    for part in (folder / "few", *(folder / "few").rglob("*")):
+        part.chmod(0o755 if part.is_dir() else 0o644)  # the data may be read-only
+    for listed in ("train.txt", "same.txt"):
+        (lists / listed).write_text(names)
     return folder / "few"
 
 
