@@ -68,6 +68,9 @@ class Reading(Settings):
     """The split to evaluate on; when absent, `holdout` of the training rows."""
     holdout: Share = 0.05
     """Share of the training rows held out for evaluation when no validation split is named; 0 for none."""
+    holdout_by: Name | None = None
+    """Column whose equal values hold rows together, such as a text that several questions are about: all of them are
+    held out, or none, until the share is reached."""
     layout: Literal["rows", "class-folders", "coco", "voc", "yolo", "masks"] = "rows"
     """How a local folder is laid out: files of rows, or images in a folder for each class, with boxes as COCO, Pascal
     VOC or YOLO write them, or with masks in a folder of their own."""
@@ -79,6 +82,12 @@ class Reading(Settings):
     """What rows that cannot be used do: end the run, be left out and counted, or be listed in the cache besides."""
     clean: Clean | None = None
     """What the training rows go through before they are used; `trainworks prepare` does it ahead of the run."""
+
+    @model_validator(mode="after")
+    def _holds_out(self) -> Self:
+        if self.holdout_by is not None and (self.validation is not None or self.holdout == 0):
+            raise ValueError("holdout_by does nothing where no training rows are held out; leave it out")
+        return self
 
 
 class Workers(Settings):

@@ -21,7 +21,7 @@ WITHOUT_MODEL = {
     "causal-lm": ["unigram"],
     "image-classification": ["majority class"],
     "masked-lm": ["unigram"],
-    "question-answering": ["no answer"],
+    "question-answering": ["first sentence", "usual place", "no answer"],
     "semantic-segmentation": ["commonest class"],
     "sequence-classification": ["majority class"],
     "sequence-regression": ["mean"],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from trainworks.data.bad_rows import BadRow, BadRowsError, excerpt
 from trainworks.errors import DataError, nearest
@@ -26,6 +27,7 @@ __all__ = [
     "holds_bytes",
     "holds_lists",
     "listed",
+    "numbers_of",
     "rename",
     "require_columns",
 ]
@@ -259,6 +261,12 @@ def _labels(rows: Dataset, column: str, first: int = 0) -> pa.ChunkedArray:
             [BadRow("null label", "give every row a label", row=first + row, column=column) for row in rows_without]
         )
     return values
+
+
+def numbers_of(values: Iterable[object]) -> NDArray[np.int64]:
+    """Return a number for each value that is the same for equal ones, in whatever process and part of the rows."""
+    digests = (hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=8) for value in values)
+    return np.array([int.from_bytes(each.digest(), "little", signed=True) for each in digests], dtype=np.int64)
 
 
 def fingerprint(*splits: Dataset | pa.Table) -> str:

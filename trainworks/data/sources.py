@@ -15,7 +15,7 @@ import numpy as np
 
 from trainworks.data.bad_rows import Policy
 from trainworks.data.cache import table
-from trainworks.data.columns import fingerprint, rename
+from trainworks.data.columns import fingerprint, numbers_of, rename
 from trainworks.data.files import READERS, FileRows, is_readable, read_files, stem
 from trainworks.data.layouts.base import image_files
 from trainworks.data.layouts.reading import read_layout
@@ -110,7 +110,7 @@ def read(data: Data, *, seed: int) -> Rows:
     if opened.validation is not None:
         validation: _Part | None = _ready(opened.validation, opened.held_files, data, source, "validation")
     else:
-        train, validation = _hold_out(train, data.holdout, seed)
+        train, validation = _hold_out(train, data, seed, source)
     parts = {"train": _limited(train, data.limit.train, seed)}
     if validation is not None:
         parts["validation"] = _limited(validation, data.limit.validation, seed)
@@ -201,12 +201,24 @@ def _ready(rows: Dataset, files: FileRows | None, data: Data, source: str, split
     return _Part(renamed, Origin(named, None if files is None else files.places))
 
 
-def _hold_out(rows: _Part, share: float, seed: int) -> tuple[_Part, _Part | None]:
-    if share == 0 or len(rows) < 2:
+def _hold_out(rows: _Part, data: Data, seed: int, source: str) -> tuple[_Part, _Part | None]:
+    groups = np.arange(len(rows)) if data.holdout_by is None else _groups(rows.rows, data.holdout_by, source)
+    sizes = np.bincount(groups)
+    if data.holdout == 0 or len(sizes) < 2:
         return rows, None
-    count = min(max(1, round(len(rows) * share)), len(rows) - 1)
-    shuffled = permuted(np.arange(len(rows)), len(rows), seed, 1)
-    return rows.select(np.sort(shuffled[count:])), rows.select(np.sort(shuffled[:count]))
+    count = max(1, round(len(rows) * data.holdout))
+    shuffled = permuted(np.arange(len(sizes)), len(sizes), seed, 1)
+    wanted = int(np.searchsorted(np.cumsum(sizes[shuffled]), count)) + 1
+    held = np.isin(groups, shuffled[: min(wanted, len(sizes) - 1)])
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+
+
+def _groups(rows: Dataset, column: str, source: str) -> Integers:
+    """Return a number for each row, from 0, the same for equal values of the column."""
+    if column not in rows.column_names:
+        raise DataError(f"{source}: data.holdout_by: no column '{column}'{nearest(column, rows.column_names)}")
+    _, first, groups = np.unique(numbers_of(rows[column][:]), return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[groups]
 
 
 def _limited(rows: _Part, limit: int | None, seed: int) -> _Part:

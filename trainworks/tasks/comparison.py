@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, Strict
 
 from trainworks.data.bad_rows import BadRow, BadRowsError
 from trainworks.data.cache import Prepared, ragged, table
-from trainworks.data.columns import Kind
+from trainworks.data.columns import Kind, numbers_of
 from trainworks.data.comparisons import SHAPES, Compared, compared, flaws, recognised
 from trainworks.data.sequences import learns
 from trainworks.data.templates import Agreement, Conversation, agreement, encode_dialogues
@@ -144,7 +142,9 @@ class Comparison(Task, ABC):
         """Return further columns of the samples."""
         told = {"desirable": ragged([np.array(row.desirable) for row in rows], np.bool_)}
         return (
-            told if self.cluster is None else told | {"cluster": _numbers([row.columns[self.cluster] for row in rows])}
+            told
+            if self.cluster is None
+            else told | {"cluster": numbers_of([row.columns[self.cluster] for row in rows])}
         )
 
 
@@ -156,9 +156,3 @@ def _columns(rows: Sequence[list[Conversation]]) -> dict[str, Any]:
         "sizes": ragged(sizes, np.int32),
         "length": np.array([size.sum() for size in sizes], dtype=np.int64),
     }
-
-
-def _numbers(values: Sequence[Any]) -> NDArray[np.int64]:
-    """Return a number for each value that is the same for equal ones, in whatever process and part of the rows."""
-    digests = (hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=8) for value in values)
-    return np.array([int.from_bytes(each.digest(), "little", signed=True) for each in digests], dtype=np.int64)

@@ -16,7 +16,7 @@ from pydantic import Field, Strict
 
 from trainworks.data.bad_rows import BadRow, BadRowsError, excerpt
 from trainworks.data.cache import Prepared, ragged, table
-from trainworks.data.columns import Kind, require_columns
+from trainworks.data.columns import Kind, numbers_of, require_columns
 from trainworks.data.text import pad, padded_by_end
 from trainworks.errors import DataError
 from trainworks.metrics import AnswerF1, ExactMatch, Metric, Prediction
@@ -34,13 +34,16 @@ if TYPE_CHECKING:
 __all__ = ["QuestionAnswering"]
 
 _SHOWN = 3
+_SENTENCE = re.compile(r"(?<=[.!?])\s")
 
 
 class QuestionAnswering(Task):
     """Find the answer to a question in a text.
 
     A long text is cut to parts that overlap, each with the question before it. The answer that is said is the likeliest
-    of all parts; that there is none is as likely as in the part where it is least so.
+    of all parts; that there is none is as likely as in the part where it is least so. Questions on the same text hang
+    together: intervals of held-out metrics are drawn by text. `data.holdout_by: context` holds a text out with all of
+    them.
     """
 
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
@@ -135,6 +138,8 @@ class QuestionAnswering(Task):
         columns: dict[str, Any] = {name: ragged(encoded[name], np.int32) for name in names}
         columns["length"] = [len(ids) for ids in encoded["input_ids"]]
         columns["part"] = [part.number for part in parts]
+        clusters = numbers_of(contexts)
+        columns["cluster"] = [clusters[part.row] for part in parts]
         columns["text"] = [part.text for part in parts]
         columns |= {name: ragged([getattr(part, name) for part in parts], np.int32) for name in ("begins", "ends")}
         columns["null"] = nulls = [_null(ids, processor) for ids in encoded["input_ids"]]
@@ -259,13 +264,22 @@ class QuestionAnswering(Task):
         }
 
     def baselines(self, train: Dataset, evaluation: Dataset) -> dict[str, Baseline]:
-        """Return `no answer`: to say always that there is none, where that may be so."""
-        if self.unanswerable != "yes":
-            return {}
+        """Return `first sentence`: always that of the text; `usual place`: always the tokens that are, counted from the
+        text's first, most often an answer's first and as many as most answers have; and `no answer`: to say always that
+        there is none, where that may be so."""
         firsts = np.flatnonzero(_parts(evaluation) == 0).tolist()
-        wanted = _of_examples(evaluation)["answers"][:]
-        said = {first: Prediction("", answers) for first, answers in zip(firsts, wanted, strict=True)}
-        return {"no answer": Baseline(predictions=said)}
+        examples = _of_examples(evaluation)
+        texts, wanted = examples["text"][:], examples["answers"][:]
+        said = {
+            "first sentence": [_SENTENCE.split(text.strip(), maxsplit=1)[0] for text in texts],
+            "usual place": _at_usual_place(_of_examples(train), examples),
+        }
+        if self.unanswerable == "yes":
+            said["no answer"] = [""] * len(texts)
+        return {
+            name: Baseline(predictions=dict(zip(firsts, map(Prediction, answers, wanted), strict=True)))
+            for name, answers in said.items()
+        }
 
 
 class _Said(NamedTuple):
@@ -339,6 +353,25 @@ def _misplaced(context: str, text: str | None, start: int | None) -> tuple[str, 
 def _null(ids: Sequence[int], processor: Processor) -> int:
     """Return the place that stands for no answer: that of the token for the whole text, or the first."""
     return ids.index(processor.cls_token_id) if processor.cls_token_id in ids else 0
+
+
+def _at_usual_place(train: Dataset, examples: Dataset) -> list[str]:
+    """Return what stands in each example's text where answers most often do in training."""
+    rows = train.with_format("numpy")
+    starts, spans = rows["start"][:] - _text_begins(rows), rows["end"][:] - rows["start"][:]
+    there = rows["start"][:] != rows["null"][:]
+    start, span = (int(np.bincount(values[there], minlength=1).argmax()) for values in (starts, spans))
+    found = []
+    for row, begin in zip(examples.with_format("numpy"), _text_begins(examples.with_format("numpy")), strict=True):
+        last = int(np.flatnonzero(row["ends"])[-1])
+        first = min(begin + start, last)
+        found.append(row["text"][row["begins"][first] : row["ends"][min(first + span, last)]].strip())
+    return found
+
+
+def _text_begins(rows: Dataset) -> NDArray[np.int64]:
+    """Return the place of the first token of each part's text."""
+    return np.array([int((ends > 0).argmax()) for ends in rows["ends"][:]])
 
 
 def _arrow(rows: Dataset, column: str) -> Any:

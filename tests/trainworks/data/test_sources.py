@@ -290,6 +290,25 @@ def test_held_out_rows_are_none_of_the_training_rows_and_none_is_lost():
     assert train | held == set(range(1000))
 
 
+def test_rows_of_equal_value_are_held_out_together_until_the_share_is_reached():
+    sizes = [1, 2, 3, 4, 5, 6, 7, 12]
+    topics = [topic for topic, size in enumerate(sizes) for _ in range(size)]
+    source = Dataset.from_dict({"topic": [f"about {topic}" for topic in topics], "n": range(40)})
+    rows = read(Data(source=source, holdout=0.25, holdout_by="topic"), seed=3)
+    held, kept = set(rows.validation["topic"]), set(rows.train["topic"])
+    assert len(held) + len(kept) == len(sizes)
+    assert sorted([*rows.train["n"], *rows.validation["n"]]) == list(range(40))
+    assert 10 <= len(rows.validation) < 10 + max(sizes)
+    shared = read(Data(source=source, holdout=0.25, holdout_by="topic"), seed=4)
+    assert set(shared.validation["topic"]) != held
+    alone = read(Data(source=source.select(range(3, 6)), holdout_by="topic"), seed=0)
+    assert alone.validation is None
+    with pytest.raises(DataError, match=r"data.holdout_by: no column 'topics' .did you mean 'topic'"):
+        read(Data(source=source, holdout_by="topics"), seed=0)
+    with pytest.raises(ValueError, match="holdout_by does nothing where no training rows are held out"):
+        Data(source=source, holdout_by="topic", holdout=0.0)
+
+
 def test_what_is_held_out_depends_on_the_seed_alone():
     first, again, other = (set(read(Data(source=number(1000)), seed=seed).validation["n"]) for seed in (1, 1, 2))
     assert first == again

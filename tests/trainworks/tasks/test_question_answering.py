@@ -182,6 +182,44 @@ def test_the_parts_of_an_example_say_their_best_and_least_null() -> None:
         assert task.join(parts, COLUMNS).prediction == answer
 
 
+def test_parts_of_questions_on_one_text_are_one_cluster() -> None:
+    rows = [row(LONG, "which", ("3 cats", 14)), row("a cat", "what", ("cat", 2)), row(LONG, "what", ("9 cats", 63))]
+    parts, _ = prepared(*rows)
+    clusters = [part["cluster"] for part in parts]
+    assert len(set(clusters)) == 2
+    assert [cluster == clusters[0] for cluster in clusters] == [part["text"] != "a cat" for part in parts]
+
+
+def test_guesses_take_the_first_sentence_or_what_stands_where_answers_do() -> None:
+    learned, _ = prepared(
+        row("one cat sees. two dogs", "who", ("cat", 4)),
+        row("an old cat", "which", ("old cat", 3)),
+        row("the dog", "who", ("dog", 4)),
+        row("a bird", "who"),
+    )
+    held, _ = prepared(row("two birds sing. They fly.", "who", ("birds", 4)), row("me", "what"), row(LONG, "how many"))
+    guesses = QuestionAnswering(unanswerable="yes").baselines(learned, held)
+    last = len(held) - int(np.argmax(np.array(held["part"][:])[::-1] == 0)) - 1
+    said = {
+        name: {number: each.prediction for number, each in guess.predictions.items()} for name, guess in guesses.items()
+    }
+    assert said["no answer"] == {0: "", 1: "", last: ""}
+    assert said["first sentence"] == {0: "two birds sing.", 1: "me", last: held[last]["text"]}
+    assert said["usual place"].keys() == {0, 1, last}
+    assert guesses["usual place"].predictions[0].reference == ["birds"]
+    assert list(QuestionAnswering(unanswerable="no").baselines(learned, held)) == ["first sentence", "usual place"]
+
+
+def test_the_usual_place_is_counted_in_tokens_of_the_text_and_ends_with_it() -> None:
+    words = ["cat", "dog", "tree", "bird", "not"]
+    learned, _ = prepared(*(row(f"the {word} sees", "what is it" * len(word), (word, 4)) for word in words))
+    held, _ = prepared(
+        row("a red cat", "who", ("red", 2)), row("a", "what", ("a", 0)), row("the tree", "a", ("the", 0))
+    )
+    guess = QuestionAnswering(unanswerable="no").baselines(learned, held)["usual place"]
+    assert [each.prediction for each in guess.predictions.values()] == ["red", "a", "tree"]
+
+
 def prepare(folder: Path, **changes: Any) -> Any:
     task = "question-answering"
     tiny.save_model(folder / "model", task)
