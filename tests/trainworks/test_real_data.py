@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,30 +123,70 @@ def test_minilm_learns_names(shared_data: Path, minilm: Path, tmp_path: Path) ->
 
 
 def test_minilm_learns_to_answer_the_questions_it_was_shown(shared_data: Path, minilm: Path, tmp_path: Path) -> None:
-    """Of others it learns little: 570 of these adversarial questions, four times, take F1 on 229 more from 0.03 to 0.08
-    and the loss from 4.92 to 3.80, in ten minutes."""
+    """Of other texts these questions, made to be hard, teach little: see benchmarks/question_answering.py."""
     lines = (shared_data / "qa_adversarial_quoref" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     short = [row for row in map(json.loads, lines) if len(row["context"]) < 600]
-    rows = Dataset.from_list(short[::5][:32])
+    rows = Dataset.from_list(short[::5][:24])
     config = finetune.Config(
         output=str(tmp_path / "run"),
         task=QuestionAnswering(max_length=192, stride=64),
         model=Pretrained(str(minilm)),
         data=Data(source=DatasetDict(train=rows, test=rows), validation=("test",)),
         batch=Batch(per_step=4),
-        budget=Budget(epochs=8.0),
-        optim=Optim(lr=3e-4, **ADAMW),
+        budget=Budget(epochs=10.0),
+        optim=Optim(lr=5e-4, **ADAMW),
     )
     record = finetune.fit(finetune.prepare(config))
-    final, untuned = record.final, record.reports[0]
+    final, untuned = record.final, next(report for report in record.reports if report.name == "untuned")
     assert final is not None
-    assert (untuned.name, final.num_examples) == ("untuned", 32)
+    assert final.num_examples == 24
     assert untuned.metrics["f1"].value < 0.3
-    assert final.metrics["exact_match"].value > 0.8
-    assert final.metrics["f1"].value > 0.8
+    assert final.metrics["exact_match"].value > 0.9
+    assert final.metrics["f1"].value > 0.95
     differences = [c.difference for c in record.comparisons if c.metric in ("exact_match", "f1")]
-    assert len(differences) == 2
+    assert len(differences) == 6
     assert min(difference.low for difference in differences) > 0.4
+
+
+def gaps(book: Path, number: int) -> list[dict[str, Any]]:
+    """Return questions on passages of 40 words: which word belongs into a gap, of which eight words around are told."""
+    rng = random.Random(0)
+    words = book.read_text(encoding="utf-8").split()
+    rows: list[dict[str, Any]] = []
+    while len(rows) < number:
+        begin, place = rng.randrange(len(words) - 40), rng.randrange(4, 36)
+        passage = words[begin : begin + 40]
+        if len(passage[place]) < 4 or not passage[place].isalpha():
+            continue
+        question = " ".join([*passage[place - 4 : place], "what", *passage[place + 1 : place + 5]])
+        answers = {"text": [passage[place]], "answer_start": [len(" ".join(passage[:place])) + 1]}
+        rows.append({"question": question, "context": " ".join(passage), "answers": answers})
+    return rows
+
+
+def test_minilm_learns_to_find_in_another_book_what_a_question_leaves_out(
+    shared_data: Path, minilm: Path, tmp_path: Path
+) -> None:
+    books = shared_data / "gutenberg_books"
+    train = [row for name in ("98-0", "pg345", "pg84") for row in gaps(books / f"{name}.txt", 140)]
+    rows = DatasetDict(train=Dataset.from_list(train), test=Dataset.from_list(gaps(books / "pg1342.txt", 100)))
+    config = finetune.Config(
+        output=str(tmp_path / "run"),
+        task=QuestionAnswering(max_length=192, stride=64),
+        model=Pretrained(str(minilm)),
+        data=Data(source=rows, validation=("test",)),
+        batch=Batch(per_step=8),
+        budget=Budget(epochs=1.0),
+        optim=Optim(lr=5e-4, **ADAMW),
+    )
+    record = finetune.fit(finetune.prepare(config))
+    final = record.final
+    assert final is not None
+    assert final.num_examples == final.num_clusters == 100
+    assert final.metrics["f1"].value > 0.6  # 0.82 where it was tried
+    for baseline in ("untuned", "first sentence", "usual place"):
+        difference = next(c.difference for c in record.comparisons if (c.metric, c.baseline) == ("f1", baseline))
+        assert difference.low > 0.5, baseline
 
 
 def digits(folder: Path, train: int, test: int) -> DatasetDict:
