@@ -36,9 +36,13 @@ def gradient_norm(parameters: Iterable[Tensor], world: World | None = None) -> T
 def _norm(gradients: list[Tensor]) -> Tensor:
     # torch's own total rounds each gradient's norm to the gradient's type.
     short = [gradient for gradient in gradients if gradient.dtype.itemsize < 4]
-    norms = list(torch._foreach_norm(short, dtype=torch.float32)) if short else []
-    norms.append(torch.nn.utils.get_total_norm([each for each in gradients if each.dtype.itemsize >= 4]))
-    return torch.linalg.vector_norm(torch.stack(norms)) if short else norms[0]
+    if not short:
+        whole: Tensor = torch.nn.utils.get_total_norm(gradients)
+        return whole
+    norms = list(torch._foreach_norm(short, dtype=torch.float32))
+    if long := [each for each in gradients if each.dtype.itemsize >= 4]:  # the norm of none lies on the host
+        norms.append(torch.nn.utils.get_total_norm(long))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _local(gradient: Tensor) -> Tensor:
