@@ -37,12 +37,12 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     # torch's own total rounds each gradient's norm to the gradient's type.
     short = [gradient for gradient in gradients if gradient.dtype.itemsize < 4]
     if not short:
-        whole: Tensor = torch.nn.utils.get_total_norm(gradients)
-        return whole
+        return torch.nn.utils.get_total_norm(gradients)
     norms = list(torch._foreach_norm(short, dtype=torch.float32))
     if long := [each for each in gradients if each.dtype.itemsize >= 4]:  # the norm of none lies on the host
         norms.append(torch.nn.utils.get_total_norm(long))
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def _local(gradient: Tensor) -> Tensor:
