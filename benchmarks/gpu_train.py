@@ -6,10 +6,10 @@
 All train the same random weights (float32 masters, bf16 arithmetic) on the same token ids, with AdamW and clipping to
 1.0, without gradient checkpointing; with `--tuning lora` the frozen weights are bf16 for all, with `qlora` 4 bits (nf4,
 double quantisation, by bitsandbytes). A step's time is what passes on the device between two optimizer steps, the first
-ten left out; nobody is made to wait for the device, and all log every ten steps. The rate is the median's. MFU counts 6
-operations a weight and token (4 where the weights are frozen) and attention's, over 989 TFLOP/s. Peak memory is
-torch's. `first step` is from the process's start to the end of the first step. Contenders whose package is not
-installed are left out, by name. The table ends with how much faster this package is than the best of the others.
+ten left out; nobody is made to wait for the device, and all log every ten steps. The rate is the median's. MFU is as in
+`trainworks.cost`. Peak memory is torch's. `first step` is from the process's start to the end of the first step.
+Contenders whose package is not installed are left out, by name. The table ends with how much faster this package is
+than the best of the others.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Llama 3.1 and 3.2 by size, a small mixture of experts, and two for trying scripts on a processor."""
 WARMUP, LOGGED, LR = 10, 10, 1e-5
-PEAK = 989e12
-"""Operations a second of an H100 or H200 in bf16, dense (NVIDIA's data sheet)."""
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -286,14 +284,25 @@ def alone(name: str, args: argparse.Namespace, script: str = __file__, **environ
         return value
 
 
-def operations(args: argparse.Namespace) -> float:
-    """Return the operations that a token takes, forward and back: matrices, and attention to half the row."""
-    shape = SHAPES[args.shape]
-    width, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
-    head = shape.get("head_dim", width // heads)
-    attention = width * head * 2 * (heads + shape["num_key_value_heads"])
-    weights = layers * (attention + 3 * width * shape["intermediate_size"]) + width * shape["vocab_size"]
-    return (6 if args.tuning == "full" else 4) * weights + 6 * layers * heads * head * args.length
+def mfu(shape: str, tuning: str, length: int, rate: float) -> float | None:
+    """Return the model FLOPs of so many tokens a second over this GPU's peak; None where that is not known."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trainworks.cost import flops_per_token, peak_flops
+
+    peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if peak is None:
+        return None
+    config = configuration(shape, length)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    model.requires_grad_(tuning == "full")
+    experts = 0
+    if "num_experts_per_tok" in SHAPES[shape]:
+        of_one = 3 * config.hidden_size * config.moe_intermediate_size
+        experts = 6 * config.num_hidden_layers * config.num_experts_per_tok * of_one
+    return rate * (flops_per_token(model, length) + experts) / peak
 
 
 def line(name: str, result: dict[str, Any], args: argparse.Namespace) -> str:
@@ -303,9 +312,11 @@ def line(name: str, result: dict[str, Any], args: argparse.Namespace) -> str:
     seconds = statistics.median(result["seconds"])
     rate = args.batch * args.length / seconds
     spread = (max(result["seconds"]) - min(result["seconds"])) / seconds
+    share = mfu(args.shape, args.tuning, args.length, rate)
+    used = "" if share is None else f"MFU {100 * share:4.1f}%"
     return (
         f"{name:<25} {rate:9,.0f} tok/s  {1000 * seconds:7.1f} ms a step (spread {100 * spread:.0f}%)  "
-        f"MFU {100 * rate * operations(args) / PEAK:4.1f}%  {result['peak_bytes'] / 2**30:5.1f} GiB  "
+        f"{used}  {result['peak_bytes'] / 2**30:5.1f} GiB  "
         f"first step {result['first_seconds']:5.1f} s  "
         f"loss {result['losses'][0]:.4f} -> {result['losses'][-1]:.4f}"
     )

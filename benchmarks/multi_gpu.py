@@ -40,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_train import SHAPES, configuration
+from gpu_train import mfu
 
 if TYPE_CHECKING:
     from layouts import Spread
@@ -461,7 +461,7 @@ def _time(bench: Bench, piece: Timed, first: int = 0) -> None:
     rate = piece.per_step * work.length / seconds / piece.spread.ranks
     found = {
         "tokens_per_second_per_gpu": rate,
-        "mfu": _mfu(bench, work, rate),
+        "mfu": mfu(work.shape, work.tuning, work.length, rate),
         "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
         "seconds_a_step": ranks[0]["seconds"],
         "losses": ranks[0]["losses"],
@@ -487,27 +487,6 @@ def _row(bench: Bench, name: str, found: Mapping[str, Any]) -> str:
         f"{rate:9,.0f} tok/s/GPU  MFU {mfu}  {1000 * statistics.median(found['seconds_a_step']):7.1f} ms a step "
         f"(spread {spread:.0%})  {found['peak_bytes'] / 2**30:5.1f} GiB  efficiency {efficiency}  loss {losses}"
     )
-
-
-def _mfu(bench: Bench, work: Work, rate: float) -> float | None:
-    """Return a GPU's model FLOPs over its peak; None where that is not known."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from trainworks.cost import _PEAK_BF16, flops_per_token
-
-    peaks = [peak for name, peak in _PEAK_BF16.items() if name in bench.args.device]
-    if not peaks:
-        return None
-    config: Any = configuration(work.shape, work.length)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    model.requires_grad_(work.tuning == "full")
-    experts = 0
-    if "num_experts_per_tok" in SHAPES[work.shape]:
-        of_one = 3 * config.hidden_size * config.moe_intermediate_size
-        experts = 6 * config.num_hidden_layers * config.num_experts_per_tok * of_one
-    return rate * (flops_per_token(model, work.length) + experts) / peaks[0]
 
 
 # Resume

@@ -18,7 +18,7 @@ from trainworks.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CostMeter", "flops_per_token"]
+__all__ = ["CostMeter", "flops_per_token", "peak_flops"]
 
 _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "B200": 2250e12}
 """Dense bf16 FLOP/s without sparsity by a part of the device's name, from NVIDIA's data sheets (SXM versions)."""
@@ -69,11 +69,16 @@ class CostMeter:
         )
 
     def _mfu(self, rate: float | None) -> float | None:
-        peaks = [peak for name, peak in _PEAK_BF16.items() if name in self.run.record.environment.device]
-        if rate is None or not peaks or self.run.world.layout.pipeline > 1:
+        peak = peak_flops(self.run.record.environment.device)
+        if rate is None or peak is None or self.run.world.layout.pipeline > 1:
             return None  # a rank of a pipeline does not know the other ranks' products
         length = self.run.progress.tokens / self.run.progress.samples
-        return rate * flops_per_token(self.run.model, length) / (peaks[0] * self.run.world.processes)
+        return rate * flops_per_token(self.run.model, length) / (peak * self.run.world.processes)
+
+
+def peak_flops(device: str) -> float | None:
+    """Return the dense bf16 FLOPs a second of a GPU by the name that torch gives it; None where they are not known."""
+    return next((peak for name, peak in _PEAK_BF16.items() if name in device), None)
 
 
 def flops_per_token(model: PreTrainedModel, length: float) -> float:
